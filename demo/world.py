@@ -37,6 +37,7 @@ __all__ = [
     "prompt",
     "render",
     "sample",
+    "value",
 ]
 
 SIZE = 128
@@ -187,6 +188,13 @@ def prompt(factors: Factors) -> str:
     """The caption the demo model is trained with, e.g. ``a red striped star on sky``."""
     look = factors.appearance
     return f"a {look.colour} {look.texture} {factors.shape} on {factors.background}"
+
+
+def value(factors: Factors, name: str) -> str:
+    """One of the four words of a caption: "shape", "colour", "texture" or "background"."""
+    if name in ("shape", "background"):
+        return getattr(factors, name)
+    return getattr(factors.appearance, name)
 
 
 def demo_pair() -> tuple[Factors, Factors]:

@@ -34,14 +34,17 @@ class DenoiserStage:
         self.device = device
         torch.manual_seed(1)
         self.base = build_denoiser()
-        self.clip = comfy.sd.CLIP(target=clip_target(), parameters=1)
+        self.clip = comfy.sd.CLIP(target=clip_target(), parameters=1, model_options={"dtype": torch.float32})
         text = self.clip.cond_stage_model
         self.model: nn.Module = nn.ModuleDict({"unet": self.base.diffusion_model, "text": text})
         reset(self.model)
-        nn.init.normal_(text.clip_l.transformer.get_input_embeddings().weight, std=0.05)
+        embeddings = text.clip_l.transformer.text_model.embeddings
+        for table in (embeddings.token_embedding, embeddings.position_embedding):
+            nn.init.normal_(table.weight, std=0.05)
         for parameter in self.model.parameters():
             parameter.requires_grad_(True)
         text.clip_l.logit_scale.requires_grad_(False)
+        _protect_from_inplace(text)
         self.model.train().to(device)
         self.vae = load_vae()
         self.latents = self._cache(Path("runs") / "latents.safetensors").to(device)
@@ -91,6 +94,13 @@ class DenoiserStage:
     def export(self, averaged: nn.Module) -> None:
         save_weights(DENOISER, averaged["unet"].state_dict())
         save_weights(TEXT_ENCODER, averaged["text"].state_dict())
+
+
+def _protect_from_inplace(text: nn.Module) -> None:
+    """ComfyUI adds to the residual stream in place; autograd needs what its LayerNorms saw, so give those a copy."""
+    for layer in text.modules():
+        if isinstance(layer, nn.LayerNorm):
+            layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(), *inputs[1:]))
 
 
 def caption(factors: world.Factors, rng: np.random.Generator) -> str:

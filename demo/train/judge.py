@@ -38,7 +38,7 @@ class JudgeStage:
             logits, mask = self.model(images)
         loss = nn.functional.binary_cross_entropy_with_logits(mask.float(), masks.to(self.device))
         for name, names in FACTORS.items():
-            target = torch.tensor([names.index(_value(f, name)) for f in factors], device=self.device)
+            target = torch.tensor([names.index(world.value(f, name)) for f in factors], device=self.device)
             loss = loss + nn.functional.cross_entropy(logits[name].float(), target)
         return loss
 
@@ -60,7 +60,7 @@ class JudgeStage:
         verdict = Judge(averaged).look(images.permute(0, 2, 3, 1).to(self.device))
         figures = []
         for name in FACTORS:
-            right = [found == _value(f, name) for found, f in zip(getattr(verdict, name), factors, strict=True)]
+            right = [found == world.value(f, name) for found, f in zip(getattr(verdict, name), factors, strict=True)]
             figures.append(f"{name} {np.mean(right):.4f}")
         a, b = verdict.mask.cpu() > 0.5, masks > 0.5
         iou = (a & b).sum((1, 2)) / (a | b).sum((1, 2))
@@ -75,8 +75,3 @@ def _everything(seeds: range) -> tuple[Tensor, list[world.Factors], Tensor]:
     masks = torch.from_numpy(np.stack([world.mask(f) for f in factors]))
     return (images + 1) / 2, factors, masks
 
-
-def _value(factors: world.Factors, name: str) -> str:
-    if name == "shape":
-        return factors.shape
-    return factors.background if name == "background" else getattr(factors.appearance, name)

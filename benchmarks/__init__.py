@@ -1,0 +1,1 @@
+"""Measurements, each one command; every figure in the documentation comes from one of them."""

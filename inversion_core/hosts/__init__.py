@@ -1,0 +1,1 @@
+"""Hosts: what carries an `Injection` out on a particular kind of model."""

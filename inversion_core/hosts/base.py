@@ -1,0 +1,60 @@
+"""What every host shares: fitting tokens and masks to the grid of an attention call, and the errors hosts raise."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class HostError(RuntimeError):
+    """A model or a reference that the host cannot work with; the message says which and what to do."""
+
+
+class Grid(NamedTuple):
+    """Rows and columns of the tokens at an attention site or of a latent."""
+
+    height: int
+    width: int
+
+
+class Crop(NamedTuple):
+    """The part of the whole latent that a call of the model sees, in latent cells of the whole (`full`)."""
+
+    top: int
+    left: int
+    size: Grid
+    full: Grid
+
+    def of(self, maps: Tensor, grid: Grid, mode: str) -> Tensor:
+        """Maps (B, C, h, w) over the whole picture -> (B, C, *grid), the part that a call with this grid sees."""
+        rows = round(grid.height * self.full.height / self.size.height)
+        columns = round(grid.width * self.full.width / self.size.width)
+        whole = _resize(maps, Grid(rows, columns), mode)
+        top = round(self.top * rows / self.full.height)
+        left = round(self.left * columns / self.full.width)
+        return whole[:, :, top : top + grid.height, left : left + grid.width]
+
+
+def tokens_to_map(tokens: Tensor, grid: Grid) -> Tensor:
+    """(B, h*w, C) -> (B, C, h, w)."""
+    return tokens.transpose(1, 2).unflatten(2, grid)
+
+
+def map_to_tokens(maps: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h*w, C)."""
+    return maps.flatten(2).transpose(1, 2)
+
+
+def mask_to_tokens(mask: Tensor, grid: Grid) -> Tensor:
+    """Mask (1, 1, H, W) over a whole picture -> (1, h*w): the share of each token that the mask covers."""
+    return _resize(mask, grid, "area").flatten(1)
+
+
+def _resize(maps: Tensor, grid: Grid, mode: str) -> Tensor:
+    if tuple(maps.shape[-2:]) == tuple(grid):
+        return maps
+    if mode == "area":
+        return F.interpolate(maps, size=tuple(grid), mode="area")
+    return F.interpolate(maps, size=tuple(grid), mode="bilinear", antialias=True).to(maps.dtype)

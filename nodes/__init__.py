@@ -1,0 +1,1 @@
+"""What an artist sees: ComfyUI nodes, each a thin layer over the core."""

@@ -1,0 +1,66 @@
+"""KV Injection: the appearance of one reference, the shape of another, while sampling."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..inversion_core.attention import AttentionEdit
+from ..inversion_core.injection import Injection, Window
+from .host import output_mask
+from .sockets import Reference
+
+
+def _share(name: str, default: float, tooltip: str) -> io.Float.Input:
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
+
+
+class KVInjection(io.ComfyNode):
+    """MODEL and REFERENCEs -> MODEL; works with the stock KSampler."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ShapeAppearanceKVInjection",
+            display_name="KV Injection",
+            category="shape & appearance",
+            description=(
+                "While sampling, the decoder's self-attention reads keys and values of the appearance reference, and "
+                "the layout follows the shape reference. No training. Each reference costs one extra row a step."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="An SD1.x, SD2.x or SDXL model, or the demo model."),
+                Reference.Input("appearance", tooltip="Whose colours and textures the result takes."),
+                Reference.Input("shape", optional=True, tooltip="Whose outline and layout the result keeps."),
+                _share("strength", 1.0, "How much of both is injected. 0 is exactly the model without this node."),
+                _share("start_percent", 0.0, "Where in the sampling the appearance begins to be read."),
+                _share("end_percent", 1.0, "Where it ends. Below 0.6 little of the texture survives."),
+                _share("shape_strength", 1.0, "How closely the layout follows the shape reference."),
+                _share("shape_end_percent", 0.6, "Where the shape is let go; later keeps the outline tighter."),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where the result may change. Resized to the latent. Without it, everywhere.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The patched model, for the KSampler. The one put in is unchanged.")],
+        )
+
+    @classmethod
+    def execute(  # noqa: ANN206
+        cls, model, appearance, strength, start_percent, end_percent, shape_strength, shape_end_percent, shape=None,  # noqa: ANN001
+        mask=None,  # noqa: ANN001
+    ) -> io.NodeOutput:
+        from ..inversion_core.hosts.comfy_unet import attach
+
+        keep = shape_strength if shape is not None else 0.0
+        edit = AttentionEdit(reference="replace", shape_query=keep, strength=strength)
+        injection = Injection(
+            edit,
+            appearance=appearance,
+            window=Window(start_percent, end_percent),
+            shape=shape,
+            shape_window=Window(0.0, shape_end_percent),
+            feature_strength=keep,
+            mask=output_mask(mask),
+        )
+        return io.NodeOutput(attach(model, injection))

@@ -1,0 +1,48 @@
+"""Encode Reference: a picture becomes something a model can read from."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from .host import encode_reference
+from .sockets import Reference
+
+
+class EncodeReference(io.ComfyNode):
+    """IMAGE, VAE and optional MASK and CONDITIONING -> REFERENCE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ShapeAppearanceEncodeReference",
+            display_name="Encode Reference",
+            category="shape & appearance",
+            description="Prepares a picture, of any size, to give its shape or its appearance to what you generate.",
+            inputs=[
+                io.Image.Input("image", tooltip="One picture. It need not have the size of the result."),
+                io.Vae.Input("vae", tooltip="The VAE of the model that will read the reference."),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where the object is: only there is appearance read. Resized to the picture if it has its "
+                    "shape; an empty mask is refused. Without a mask the whole picture is read.",
+                ),
+                io.Conditioning.Input(
+                    "conditioning",
+                    optional=True,
+                    tooltip="A prompt that describes this picture. Without it the sampler's negative prompt is used.",
+                ),
+                io.Int.Input(
+                    "noise_seed",
+                    default=0,
+                    min=0,
+                    max=2**53,
+                    tooltip="Seed of the fixed noise the reference is mixed with at every step. Rarely worth changing.",
+                ),
+            ],
+            outputs=[Reference.Output("reference", tooltip="For KV Injection: as appearance or as shape.")],
+        )
+
+    @classmethod
+    def execute(cls, image, vae, noise_seed, mask=None, conditioning=None) -> io.NodeOutput:  # noqa: ANN001
+        return io.NodeOutput(encode_reference(image, vae, mask, conditioning, noise_seed))
