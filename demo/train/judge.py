@@ -20,9 +20,9 @@ FIRST_SEED = 10 * TRAINING_SEED
 
 
 class JudgeStage:
-    """Cross-entropy on every factor and on the mask. Half of each batch has been through the autoencoder."""
+    """Cross-entropy on every factor and on the mask. A quarter of each batch has been through the autoencoder."""
 
-    def __init__(self, device: torch.device, steps: int = 1500) -> None:
+    def __init__(self, device: torch.device, steps: int = 600) -> None:
         self.recipe = Recipe("judge", steps=steps, learning_rate=2e-3, ema=0.998)
         self.device = device
         torch.manual_seed(2)
@@ -44,10 +44,10 @@ class JudgeStage:
 
     @torch.no_grad()
     def _worn(self, images: Tensor, step: int) -> Tensor:
-        half = BATCH // 2
+        coded_rows = BATCH // 4
         rng = np.random.default_rng([3, step])
-        coded = self.first_stage.decode(self.first_stage.encode(images[:half] * 2 - 1))
-        images = torch.cat([(coded.float() + 1) / 2, images[half:]])
+        coded = self.first_stage.decode(self.first_stage.encode(images[:coded_rows] * 2 - 1))
+        images = torch.cat([(coded.float() + 1) / 2, images[coded_rows:]])
         if rng.random() < 0.3:
             images = nn.functional.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(step)).to(images)
