@@ -27,7 +27,7 @@ from inversion_core.attention import (
     scaled_dot_product,
 )
 
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 MODES: tuple[ReferenceMode, ...] = get_args(ReferenceMode)
 
 
@@ -129,7 +129,7 @@ edits = st.builds(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     edit=edits,
     seed=st.integers(0, 10_000),
@@ -162,12 +162,12 @@ def test_random_mixtures_equal_the_oracle(
     mask_out = case.mask_out if with_mask_out else None
     actual = case.run(edit, mask_out=mask_out)
     assert actual.dtype == dtype and actual.shape == case.own.q.shape
-    assert_close(actual, case.expected(edit, mask_out), scale=10 * edit.contrast * edit.temperature * n_refs.__len__())
+    assert_close(actual, case.expected(edit, mask_out), scale=edit.contrast * max(1, edit.temperature))
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_a_soft_bias_keeps_its_precision_in_every_dtype(dtype: torch.dtype) -> None:
-    """The bias alone decides here (queries are 0), so an error in it shows in full; half precision must round only v."""
+    """The bias alone decides here (queries are 0), so an error in it shows in full."""
     case = Case(dtype=dtype, masked=True, d=40)
     case.own = case.own._replace(q=torch.zeros_like(case.own.q))
     edit = AttentionEdit("extend", reference_bias=5.3)
@@ -193,7 +193,7 @@ def test_a_masked_token_has_no_influence_at_all(
     case = Case(dtype=dtype, masked=True, d=40)
     edit = AttentionEdit(mode, **contrast)
     before = case.run(edit, attend=attend)
-    for poison in (float("nan"), float("inf"), 6e4, -6e4):
+    for poison in (float("nan"), 6e4):
         poisoned = []
         for r in case.references:
             assert r.mask is not None
@@ -287,7 +287,7 @@ def test_permuting_reference_tokens_changes_nothing(edit: AttentionEdit, seed: i
     assert_close(case.run(edit), oracle.array(before))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(edit=edits, seed=st.integers(0, 10_000))
 def test_masks_of_ones_equal_no_masks(edit: AttentionEdit, seed: int) -> None:
     case = Case(seed)
