@@ -46,7 +46,7 @@ ReferenceMode = Literal["none", "replace", "extend", "normalise"]
 ContrastForm = Literal["exact", "linear"]
 
 CONTRAST_CHUNK_BYTES = 16 * 2**20
-"""Largest score matrix that exact contrast holds at once; it keeps three of that size."""
+"""Largest score matrix of exact contrast; two of that size exist at once. One row of queries is the least it takes."""
 
 _MASKED_SCORE = -(2.0**15)
 """`q.k` of a key that may not be read, before the scaling: exact and finite in float16, weight exactly 0."""
@@ -417,7 +417,7 @@ def _attend_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, tempera
 def _attend_contrast(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, temperature: float, contrast: float
 ) -> Tensor:
-    """`clip(s * (A - U) + U, 0, 1) v`, exactly, in chunks of queries: at most CONTRAST_CHUNK_BYTES of scores at once."""
+    """`clip(s * (A - U) + U, 0, 1) v`, exactly, CONTRAST_CHUNK_BYTES of scores at a time."""
     dtype = statistics_dtype(q.dtype)
     rows = q.shape[0] * q.shape[1] * k.shape[2] * dtype.itemsize
     chunk = max(1, CONTRAST_CHUNK_BYTES // max(1, rows))
@@ -499,7 +499,7 @@ def _check_tokens(
         for name, x, y in (("q", shape.q, own.q), ("k", shape.k, own.k)):
             if x.shape[0] not in (1, b) or x.shape[1:] != y.shape[1:]:
                 raise ValueError(
-                    f"shape reference has {name} {tuple(x.shape)}, needed is (B or 1, {h}, {y.shape[2]}, {d}) with B = {b}: "
+                    f"shape reference has {name} {tuple(x.shape)}, but the output has {tuple(y.shape)}: "
                     "resize the shape image to the output's size"
                 )
     if mask_out is not None:
