@@ -80,7 +80,7 @@ class ComfyClient:
         self._id = uuid.uuid4().hex
         self._loop = asyncio.new_event_loop()
         self._session: aiohttp.ClientSession | None = None
-        self._socket: aiohttp.ClientWebSocketResponse | None = None
+        self._socket: aiohttp.ClientWebSocketResponse[bool] | None = None
 
     def __enter__(self) -> "ComfyClient":
         return self

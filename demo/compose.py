@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> Options:
-    parser = argparse.ArgumentParser(prog="python -m demo.compose", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser("python -m demo.compose", description="Compose two pictures in a real ComfyUI.")
     parser.add_argument("--shape", type=Path, help="picture whose shape is kept (default: one of the demo world)")
     parser.add_argument("--appearance", type=Path, help="picture whose appearance is taken (default: likewise)")
     parser.add_argument("--prompt", help="text prompt (default: what the demo pair shows, or none)")
@@ -231,8 +231,8 @@ def read_picture(path: Path) -> Image.Image:
             picture = ImageOps.exif_transpose(file).convert("RGBA")
     except OSError as error:
         raise BadOption(f"cannot read the picture {path}: {error}") from error
-    lowest_alpha, _ = picture.getchannel("A").getextrema()
-    return picture if lowest_alpha < 255 else picture.convert("RGB")
+    is_opaque = np.asarray(picture.getchannel("A")).min() == 255
+    return picture.convert("RGB") if is_opaque else picture
 
 
 def _masked(rendered: world.Rendered) -> Image.Image:

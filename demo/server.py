@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -81,6 +82,7 @@ class ComfyServer:
             raise RuntimeError("the server is not running: use it as `with ComfyServer(port) as server:`")
         return self._base
 
+    @property
     def pid(self) -> int:
         if self._process is None:
             raise RuntimeError("the server is not running: use it as `with ComfyServer(port) as server:`")
@@ -212,17 +214,14 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     """Ends the server, politely first, with whatever it has started itself."""
     try:
         process.terminate()
-        process.wait(_STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        pass
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_SECONDS)
     finally:
         if process.stdin is not None:
             process.stdin.close()  # ends it too if we are interrupted here
         if os.name == "nt":
             process.kill()
         else:
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         process.wait()
