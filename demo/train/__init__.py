@@ -1,0 +1,1 @@
+"""How the demo's weights are made from nothing: ``python -m demo.train``."""

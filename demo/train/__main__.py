@@ -1,0 +1,59 @@
+"""``python -m demo.train [stage ...]``: make the demo's weights from nothing, or go on where it stopped."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from .. import comfy as comfy_host
+
+STAGES = ("autoencoder", "denoiser", "judge", "vit")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m demo.train", description=__doc__)
+    parser.add_argument("stages", nargs="*", help=f"which of {', '.join(STAGES)} to train, in this order; default all")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the resumable state and samples")
+    parser.add_argument("--steps", type=int, help="override the recipe's number of steps")
+    parser.add_argument("--device", help="cpu, cuda or mps; default the best there is")
+    options = parser.parse_args()
+    unknown = [name for name in options.stages if name not in STAGES]
+    if unknown:
+        parser.error(f"unknown stage {unknown[0]!r}: choose from {', '.join(STAGES)}")
+
+    comfy_host.ensure_importable()
+    import torch
+
+    from .loop import train
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    device = torch.device(options.device or best_device())
+    for name in options.stages or STAGES:
+        train(_stage(name, device, options.steps), options.runs)
+
+
+def best_device() -> str:
+    """The fastest device torch can use here."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _stage(name, device, steps):  # noqa: ANN001, ANN202
+    overrides = {} if steps is None else {"steps": steps}
+    if name == "autoencoder":
+        from .autoencoder import AutoencoderStage as Stage
+    elif name == "denoiser":
+        from .denoiser import DenoiserStage as Stage
+    elif name == "judge":
+        from .judge import JudgeStage as Stage
+    else:
+        from .vit import VitStage as Stage
+    return Stage(device, **overrides)
+
+
+if __name__ == "__main__":
+    main()
