@@ -13,6 +13,7 @@ COMFYUI_PYTHON=python  that interpreter runs the ComfyUI of COMFYUI_PATH and has
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -97,7 +98,9 @@ def plan() -> Iterator[Stage]:
         raise SetupError(f"Python {sys.version.split()[0]} is too old: 3.10 or newer is needed")
     comfyui = users_comfyui()
 
-    venv = Stage("venv", f"virtual environment for Python {sys.version.split()[0]}", make_venv, [sys.version], None)
+    venv = Stage(
+        "venv", f"virtual environment for Python {sys.version.split()[0]}", make_venv, [sys.version, str(VENV)], None
+    )
     yield venv
     pins = [line for line in CONSTRAINTS.read_text().splitlines() if line.startswith(("torch=", "torchvision="))]
     torch = Stage("torch", f"{' and '.join(pins)} (the largest download)", install_torch, pins, venv)
@@ -182,7 +185,8 @@ def write_comfyui_stubs() -> None:
 
 def comfyui_requirements(comfyui: Path) -> list[str]:
     lines = (line.strip() for line in (comfyui / "requirements.txt").read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if line and not line.startswith("#") and line not in OWN_STAGE]
+    names = ((re.match(r"[\w.-]+", line), line) for line in lines)
+    return [line for name, line in names if name is not None and name[0] not in OWN_STAGE]
 
 
 def install_comfyui_packages() -> None:
@@ -223,6 +227,8 @@ def pip(command: str, *arguments: str) -> None:
 @contextmanager
 def work_folder() -> Iterator[Path]:
     """A scratch folder on the file system of `.venv`, so that what is made in it can be renamed into place."""
+    for left in VENV.glob("unpacking-*"):  # by a run that was killed
+        shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=VENV, prefix="unpacking-") as folder:
         yield Path(folder)
 
