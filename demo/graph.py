@@ -1,0 +1,69 @@
+"""Edits to a workflow in API form. Nodes are found by their title; each edit returns a new graph."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+Graph = dict[str, dict[str, Any]]
+"""Node id -> {"class_type", "inputs", "_meta": {"title"}}; an input is a value or a link [node id, output index]."""
+
+_MASK_OUTPUT = 1  # of LoadImage
+
+
+class GraphError(Exception):
+    """The workflow has not the node that was asked for."""
+
+
+def load_graph(path: Path) -> Graph:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise GraphError(f"{path} is no workflow in API form: {error}") from error
+
+
+def node_titled(graph: Graph, title: str) -> str:
+    """The id of the one node with this title."""
+    titles = {node_id: str(node.get("_meta", {}).get("title")) for node_id, node in graph.items()}
+    found = [node_id for node_id, own in titles.items() if own == title]
+    if len(found) != 1:
+        raise GraphError(
+            f"the workflow has {len(found)} nodes titled {title!r}, exactly one is needed. "
+            f"Its titles: {', '.join(sorted(titles.values()))}"
+        )
+    return found[0]
+
+
+def with_inputs(graph: Graph, title: str, **inputs: Any) -> Graph:
+    """Sets inputs of the node with this title; refuses one the node has not got."""
+    node_id = node_titled(graph, title)
+    unknown = inputs.keys() - graph[node_id]["inputs"].keys()
+    if unknown:
+        own = ", ".join(graph[node_id]["inputs"])
+        raise GraphError(f"the node titled {title!r} has no input {', '.join(sorted(unknown))}; it has: {own}")
+    edited = copy.deepcopy(graph)
+    edited[node_id]["inputs"].update(inputs)
+    return edited
+
+
+def without_mask(graph: Graph, title: str) -> Graph:
+    """Cuts the mask links that come from the LoadImage node with this title.
+
+    For a picture without alpha LoadImage yields an empty mask, which would mean "no object", not "the whole picture".
+    """
+    link = [node_titled(graph, title), _MASK_OUTPUT]
+    edited = copy.deepcopy(graph)
+    for node in edited.values():
+        node["inputs"] = {
+            name: value for name, value in node["inputs"].items() if not (name == "mask" and value == link)
+        }
+    return edited
+
+
+def with_checkpoint(graph: Graph, checkpoint: str) -> Graph:
+    """Loads this checkpoint instead of the demo model; both loaders give MODEL, CLIP and VAE in this order."""
+    edited = copy.deepcopy(graph)
+    model = edited[node_titled(graph, "Model")]
+    model["class_type"] = "CheckpointLoaderSimple"
+    model["inputs"] = {"ckpt_name": checkpoint}
+    return edited
