@@ -132,7 +132,8 @@ def plan(options: Options) -> Job:
     return Job(
         shape=_masked(world.render(shape_of)),
         appearance=_masked(world.render(appearance_of)),
-        prompt=world.prompt(target) if options.prompt is None else options.prompt,
+        # The prompt names the place and nothing else: shape and appearance must come from the pictures.
+        prompt=f"a shape on {target.background}" if options.prompt is None else options.prompt,
         truth=_picture(world.render(target).image),
         score=lambda result: score_composition(_floats(result), shape_of, appearance_of, shape_of),
     )

@@ -27,7 +27,7 @@ def generate(
     sampler: str = "euler",
     scheduler: str = "normal",
 ) -> Tensor:
-    """Sample one 128x128 picture for each prompt: (B, 128, 128, 3) in [0, 1]. A picture depends on its own seed only."""
+    """One 128x128 picture for each prompt: (B, 128, 128, 3) in [0, 1]. A picture depends on its own seed only."""
     latent = torch.zeros(len(prompts), 4, 16, 16)
     noise = torch.cat([comfy.sample.prepare_noise(latent[:1], seed) for seed in seeds])
     samples = comfy.sample.sample(

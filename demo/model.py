@@ -43,9 +43,7 @@ def load_demo_model(folder: Path = FOLDER, embedding_directory: Any = None) -> D
 def _model(state: dict[str, Tensor], first_stage: DemoAutoencoder) -> comfy.model_patcher.ModelPatcher:
     parameters = sum(value.numel() for value in state.values())
     load_device = comfy.model_management.get_torch_device()
-    dtype = comfy.model_management.unet_dtype(
-        model_params=parameters, supported_dtypes=[torch.bfloat16, torch.float32]
-    )
+    dtype = comfy.model_management.unet_dtype(model_params=parameters, supported_dtypes=[torch.bfloat16, torch.float32])
     offload_device = comfy.model_management.unet_offload_device()
     model = build_denoiser(dtype, offload_device)
     _load(model.diffusion_model, state, DENOISER)

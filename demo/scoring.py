@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from inversion_core.metrics import appearance_score, mask_iou
+
 from . import world
 from .judge import Judge
 

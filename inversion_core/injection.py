@@ -28,9 +28,7 @@ class Window:
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.end <= 1:
-            raise ValueError(
-                f"the window is {self.start} to {self.end}, but it must satisfy 0 <= start <= end <= 1"
-            )
+            raise ValueError(f"the window is {self.start} to {self.end}, but it must satisfy 0 <= start <= end <= 1")
 
 
 @dataclass(frozen=True, eq=False)

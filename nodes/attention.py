@@ -47,7 +47,15 @@ class KVInjection(io.ComfyNode):
 
     @classmethod
     def execute(  # noqa: ANN206
-        cls, model, appearance, strength, start_percent, end_percent, shape_strength, shape_end_percent, shape=None,  # noqa: ANN001
+        cls,
+        model,
+        appearance,
+        strength,
+        start_percent,
+        end_percent,
+        shape_strength,
+        shape_end_percent,
+        shape=None,  # noqa: ANN001
         mask=None,  # noqa: ANN001
     ) -> io.NodeOutput:
         from ..inversion_core.hosts.comfy_unet import attach

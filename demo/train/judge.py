@@ -74,4 +74,3 @@ def _everything(seeds: range) -> tuple[Tensor, list[world.Factors], Tensor]:
     images, factors = pictures(seeds, shapes=tuple(world.SHAPES), textures=world.TEXTURES)
     masks = torch.from_numpy(np.stack([world.mask(f) for f in factors]))
     return (images + 1) / 2, factors, masks
-

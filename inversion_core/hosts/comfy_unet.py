@@ -276,7 +276,7 @@ class _Run:
         if n.shape[1] != grid.height * grid.width:
             raise HostError(
                 f"at {site} another patch changed the tokens from {grid.height}x{grid.width} to {n.shape[1]} a row: "
-                "KV Injection cannot follow it there; disable that patch (HyperTile, token merging) or leave out the site"
+                "KV Injection cannot follow it; disable that patch (HyperTile, token merging) or leave out the site"
             )
         rows = self._rows(n, extra)
         call = _Call(site, n.shape[1], context.shape[1], [], rows)
@@ -284,7 +284,9 @@ class _Run:
         for injection, edit, _, appearance, shape in chosen:
             part = _Part(injection, edit)
             if edit.shape_query > 0 or edit.shape_key > 0:
-                tokens = torch.cat([self._fitted(shape, site, grid, r).to(n).expand(r.stop - r.start, -1, -1) for r in rows])
+                tokens = torch.cat(
+                    [self._fitted(shape, site, grid, r).to(n).expand(r.stop - r.start, -1, -1) for r in rows]
+                )
                 part.shape_query_at, part.shape_key_at = _length(queries), _length(keys)
                 queries.append(tokens)
                 keys.append(tokens)
@@ -390,7 +392,9 @@ class _Override:
     run: _Run
     earlier: Callable | None
 
-    def __call__(self, func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(
+        self, func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any
+    ) -> Tensor:
         attention = func if self.earlier is None else _Chained(self.earlier, func)
         if self.run._call is None:
             return attention(q, k, v, heads, *args, **kwargs)
