@@ -48,8 +48,8 @@ def attach(model: comfy.model_patcher.ModelPatcher, injection: Injection) -> com
             f"{type(unet).__name__}: load a checkpoint of one of these families"
         )
     channels = model.model.latent_format.latent_channels
-    for reference in (injection.appearance, injection.shape):
-        if reference is not None and reference.latent.shape[1] != channels:
+    for reference in injection.references:
+        if reference.latent.shape[1] != channels:
             raise HostError(
                 f"the reference has {reference.latent.shape[1]} latent channels, but this model works with {channels}: "
                 "encode it with the VAE that belongs to this model"
@@ -213,11 +213,14 @@ class _Run:
         states: dict[Any, Tensor] = {}
 
         def self_attention(n: Tensor, context: Tensor, value: Tensor, extra: Options) -> tuple:
-            states[_site(extra)] = tokens_to_map(n, _grid(extra)).clone()
+            if any(reference in one.references and _chosen(one, _site(extra)) for one in self.injections):
+                states[_site(extra)] = tokens_to_map(n, _grid(extra))
             return n, context, value
 
         def decoder_block(h: Tensor, skip: Tensor, options: Options) -> tuple:
-            states[options["block"][1]] = h.clone()
+            number = options["block"][1]
+            if any(reference is one.shape and number in self._blocks(one) for one in self.injections):
+                states[number] = h
             return h, skip
 
         hooks = {"attn1_patch": [self_attention], "output_block_patch": [decoder_block]}
@@ -246,9 +249,8 @@ class _Run:
         """Blend the shape reference's decoder features into what enters a feature block."""
         number = options["block"][1]
         for injection, _, shape, _, states in self._now:
-            blocks = self.feature_blocks if injection.feature_blocks is None else injection.feature_blocks
             share = injection.feature_strength * injection.edit.strength
-            if not shape or share == 0 or number not in blocks:
+            if not shape or share == 0 or number not in self._blocks(injection):
                 continue
             parts = []
             for rows in self._rows(h, options):
@@ -340,6 +342,9 @@ class _Run:
             references = [ReferenceTokens(k[at, :, span], v[at, :, span], part.mask_ref)]
         mask_out = self._output_mask(injection, call, rows, q.device)
         return edited_attention(part.edit, mine, references, shape=shape, mask_out=mask_out, attend=attend)
+
+    def _blocks(self, injection: Injection) -> frozenset[int]:
+        return self.feature_blocks if injection.feature_blocks is None else injection.feature_blocks
 
     # --- rows, grids and masks ----------------------------------------------------------------------------------------
 
