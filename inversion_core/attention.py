@@ -46,8 +46,7 @@ ReferenceMode = Literal["none", "replace", "extend", "normalise"]
 ContrastForm = Literal["exact", "linear"]
 
 CONTRAST_CHUNK_BYTES = 16 * 2**20
-"""Largest score matrix of exact contrast, of which two exist at once; a quarter of it on the CPU, where it then stays
-in the cache. The scores of one query per head are the least it takes."""
+"""Largest score matrix of exact contrast; two of that size exist at once. One row of queries is the least it takes."""
 
 _MASKED_SCORE = -(2.0**15)
 """`q.k` of a key that may not be read, before the scaling: exact and finite in float16, weight exactly 0."""
@@ -279,6 +278,7 @@ def attention_weighted_adain(
     keep = None
     if mask_ref is not None:
         keep = align_mask(mask_ref, h_ref.expand(b, -1, -1), layout="tokens") > 0
+        h_ref = h_ref.masked_fill(~keep, 0)
         k = k.masked_fill(~keep[:, None], 0)
     bias = None if mask_ref is None else _log_weight(mask_ref, statistics_dtype(h.dtype))
     statistics = channel_statistics(h_ref, mask_ref, layout="tokens")
@@ -417,11 +417,10 @@ def _attend_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, tempera
 def _attend_contrast(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, temperature: float, contrast: float
 ) -> Tensor:
-    """`clip(s * (A - U) + U, 0, 1) v`, exactly, in chunks of queries."""
+    """`clip(s * (A - U) + U, 0, 1) v`, exactly, CONTRAST_CHUNK_BYTES of scores at a time."""
     dtype = statistics_dtype(q.dtype)
     rows = q.shape[0] * q.shape[1] * k.shape[2] * dtype.itemsize
-    limit = CONTRAST_CHUNK_BYTES // 4 if q.device.type == "cpu" else CONTRAST_CHUNK_BYTES
-    chunk = max(1, limit // max(1, rows))
+    chunk = max(1, CONTRAST_CHUNK_BYTES // max(1, rows))
     keys = k.to(dtype).transpose(-2, -1)
     additive = None if bias is None else _finite(bias).to(dtype)[:, None, None]
     offset = (contrast - 1) / k.shape[2] if additive is None else additive.softmax(dim=-1) * (contrast - 1)

@@ -90,7 +90,6 @@ def channel_statistics(
         variance = (x - mean).square().mean(dim=dims, keepdim=True)
     else:
         weight = align_mask(mask, x, layout=layout).to(x.dtype)
-        x = x.masked_fill(weight <= 0, 0)  # not even NaN gets in from outside
         total = weight.sum(dim=dims, keepdim=True)
         weight = weight / torch.where(total > 0, total, torch.ones_like(total))
         mean = (x * weight).sum(dim=dims, keepdim=True)
