@@ -9,16 +9,19 @@ from pathlib import Path
 from .. import comfy as comfy_host
 
 STAGES = ("autoencoder", "denoiser", "judge", "vit")
+WARM = ("denoiser", "judge")
+"""Stages that `--warm` continues from the committed weights; for the autoencoder that is the stage `decoder`."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m demo.train", description=__doc__)
-    parser.add_argument("stages", nargs="*", help=f"which of {', '.join(STAGES)} to train, in this order; default all")
+    parser.add_argument("stages", nargs="*", help=f"which of {', '.join(STAGES)} (default: all), or decoder")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the resumable state and samples")
     parser.add_argument("--steps", type=int, help="override the recipe's number of steps")
+    parser.add_argument("--warm", action="store_true", help="start from the committed weights where no run can go on")
     parser.add_argument("--device", help="cpu, cuda or mps; default the best there is")
     options = parser.parse_args()
-    unknown = [name for name in options.stages if name not in STAGES]
+    unknown = [name for name in options.stages if name not in (*STAGES, "decoder")]
     if unknown:
         parser.error(f"unknown stage {unknown[0]!r}: choose from {', '.join(STAGES)}")
 
@@ -30,7 +33,10 @@ def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     device = torch.device(options.device or best_device())
     for name in options.stages or STAGES:
-        train(_stage(name, device, options.steps), options.runs)
+        stage = _stage(name, device, options.steps)
+        if options.warm and name in WARM:
+            stage.warm_start()
+        train(stage, options.runs)
 
 
 def best_device() -> str:
@@ -46,6 +52,8 @@ def _stage(name, device, steps):  # noqa: ANN001, ANN202
     overrides = {} if steps is None else {"steps": steps}
     if name == "autoencoder":
         from .autoencoder import AutoencoderStage as Stage
+    elif name == "decoder":
+        from .autoencoder import DecoderStage as Stage
     elif name == "denoiser":
         from .denoiser import DenoiserStage as Stage
     elif name == "judge":

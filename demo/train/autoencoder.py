@@ -1,4 +1,4 @@
-"""Stage 1: the autoencoder, on pictures of the training vocabulary."""
+"""Stage 1: the autoencoder, on pictures of the training vocabulary; and its decoder alone, at any time later."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import world
 from ..autoencoder import DemoAutoencoder
-from ..weights import AUTOENCODER, save_weights
+from ..weights import AUTOENCODER, load_weights, save_weights
 from .data import TRAINING_SEED, pictures, reset, write_grid
 from .loop import Recipe
 
@@ -57,6 +57,19 @@ class AutoencoderStage:
         save_weights(AUTOENCODER, state)
 
 
+class DecoderStage(AutoencoderStage):
+    """Go on with the committed autoencoder's decoder. Its latents stay what they are, so the denoiser stays valid."""
+
+    def __init__(self, device: torch.device, steps: int = 1500) -> None:
+        super().__init__(device, steps)
+        self.recipe = Recipe("decoder", steps=steps, learning_rate=6e-4, ema=0.995)
+        self.model.load_state_dict(load_weights(AUTOENCODER))
+        self.model.encoder.requires_grad_(False)
+
+    def export(self) -> None:
+        save_weights(AUTOENCODER, self.model.state_dict())
+
+
 def _preview(latent: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     """The linear map from latent to colour that fits best: (4, 3) and (3,)."""
     colours = nn.functional.avg_pool2d(real, 8).permute(0, 2, 3, 1).reshape(-1, 3)
@@ -67,6 +80,6 @@ def _preview(latent: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def psnr(real: Tensor, made: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in [-1, 1], over each picture and then self.model."""
+    """Peak signal-to-noise ratio in dB of pictures in [-1, 1], over each picture and then averaged."""
     error = (made.clamp(-1, 1) - real).square().mean(dim=(1, 2, 3)) / 4
     return float((-10 * error.log10()).mean())

@@ -17,7 +17,7 @@ from ..denoiser import build_denoiser
 from ..generate import generate
 from ..model import DemoModel, load_vae
 from ..text import clip_target
-from ..weights import DENOISER, TEXT_ENCODER, save_weights
+from ..weights import DENOISER, TEXT_ENCODER, load_weights, save_weights
 from .data import TRAINING_SEED, pictures, reset, write_grid
 from .loop import Recipe
 
@@ -48,6 +48,11 @@ class DenoiserStage:
         self.model.train().to(device)
         self.vae = load_vae()
         self.latents = self._cache(Path("runs") / "latents.safetensors").to(device)
+
+    def warm_start(self) -> None:
+        """Begin with the committed weights instead of random ones."""
+        self.base.diffusion_model.load_state_dict(load_weights(DENOISER))
+        self.clip.cond_stage_model.load_state_dict(load_weights(TEXT_ENCODER))
 
     def _cache(self, file: Path) -> Tensor:
         from safetensors.torch import load_file, save_file

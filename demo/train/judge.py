@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import world
 from ..judge import FACTORS, Judge, JudgeNetwork
 from ..model import load_vae
-from ..weights import JUDGE, save_weights
+from ..weights import JUDGE, load_weights, save_weights
 from .data import TRAINING_SEED, pictures
 from .loop import Recipe
 
@@ -53,6 +53,10 @@ class JudgeStage:
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(step)).to(images)
         shift = torch.from_numpy(rng.uniform(-0.03, 0.03, (BATCH, 3, 1, 1))).to(images)
         return (images + shift + noise * rng.uniform(0, 0.04)).clamp(0, 1)
+
+    def warm_start(self) -> None:
+        """Begin with the committed weights instead of random ones."""
+        self.model.load_state_dict(load_weights(JUDGE))
 
     def samples(self, folder: Path, step: int) -> str:
         images, factors, masks = _everything(range(512))

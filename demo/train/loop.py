@@ -101,7 +101,10 @@ def train(stage: Stage, runs: Path, *, save_every_s: float = 120.0, export_on_sa
             saved = time.monotonic()
         if last or (step + 1) % recipe.samples_every == 0:
             figures = averaged.apply(partial(stage.samples, folder, step + 1))
-            bar.write(f"{recipe.name} step {step + 1} loss {running:.4f} {figures}")
+            line = f"{recipe.name} step {step + 1} loss {running:.4f} {figures}"
+            bar.write(line)
+            with (folder / "curve.log").open("a", encoding="utf-8") as curve:
+                curve.write(line + "\n")
             if last or export_on_save:
                 averaged.apply(stage.export)
     bar.close()

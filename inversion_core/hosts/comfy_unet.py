@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import comfy.model_patcher
@@ -340,16 +340,22 @@ class _Run:
         injection = part.injection
         if injection.rows == "positive" and not rows.positive:
             return attend(*mine, None)
-        shape = None
+        edit, shape, references = part.edit, None, []
         if part.shape_query_at is not None and part.shape_key_at is not None:
-            key = k[at, :, part.shape_key_at : part.shape_key_at + call.tokens]
-            shape = Tokens(q[at, :, part.shape_query_at : part.shape_query_at + call.tokens], key, key)
-        references = []
+            queries, keys = (slice(start, start + call.tokens) for start in (part.shape_query_at, part.shape_key_at))
+            shape = Tokens(q[at, :, queries], k[at, :, keys], v[at, :, keys])
         if part.appearance_at is not None:
             span = slice(part.appearance_at, part.appearance_at + part.appearance_tokens)
             references = [ReferenceTokens(k[at, :, span], v[at, :, span], part.mask_ref)]
-        mask_out = self._output_mask(injection, call, rows, q.device)
-        return edited_attention(part.edit, mine, references, shape=shape, mask_out=mask_out, attend=attend)
+        out = edited_attention(edit, mine, references, shape=shape, attend=attend)
+        if references and injection.shape is not None and injection.shape.mask is not None:
+            # The appearance goes where the shape's object is; around it only the layout is kept.
+            around = replace(edit, reference="none", qk_stats=False)
+            layout = edited_attention(around, mine, shape=shape, attend=attend)
+            out = torch.lerp(layout, out, self._mask(injection.shape.mask, call, rows, out))
+        if injection.mask is not None:
+            out = torch.lerp(attend(*mine, None), out, self._mask(injection.mask, call, rows, out))
+        return out
 
     def _blocks(self, injection: Injection) -> frozenset[int]:
         return self.feature_blocks if injection.feature_blocks is None else injection.feature_blocks
@@ -383,14 +389,13 @@ class _Run:
             self._shared[key] = (mask >= mask.amax().clamp(max=0.5)).float()
         return self._shared[key]
 
-    def _output_mask(self, injection: Injection, call: _Call, rows: _Rows, device: torch.device) -> Tensor | None:
-        if injection.mask is None:
-            return None
+    def _mask(self, mask: Tensor, call: _Call, rows: _Rows, like: Tensor) -> Tensor:
+        """A mask over the whole picture at the tokens of this call: (1, 1, N, 1)."""
         grid = _fit_grid(call.tokens, rows.crop.size)
-        key = ("output", id(injection), grid, rows.crop)
+        key = (id(mask), grid, rows.crop)
         if key not in self._shared:
-            mask = injection.mask.to(device, torch.float32)
-            self._shared[key] = rows.crop.of(mask, grid, "area").flatten(1)
+            fitted = rows.crop.of(mask.to(like.device, torch.float32), grid, "area")
+            self._shared[key] = fitted.flatten(2).transpose(1, 2)[:, None].to(like.dtype)
         return self._shared[key]
 
 
