@@ -9,8 +9,6 @@ from pathlib import Path
 from .. import comfy as comfy_host
 
 STAGES = ("autoencoder", "denoiser", "judge", "vit")
-WARM = ("denoiser", "judge")
-"""Stages that `--warm` continues from the committed weights; for the autoencoder that is the stage `decoder`."""
 
 
 def main() -> None:
@@ -34,7 +32,7 @@ def main() -> None:
     device = torch.device(options.device or best_device())
     for name in options.stages or STAGES:
         stage = _stage(name, device, options.steps)
-        if options.warm and name in WARM:
+        if options.warm:
             stage.warm_start()
         train(stage, options.runs)
 

@@ -27,6 +27,9 @@ class AutoencoderStage:
         reset(self.model)
         self.model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
+    def warm_start(self) -> None:
+        raise ValueError("a changed encoder would leave the denoiser behind: go on with the stage `decoder` instead")
+
     def loss(self, step: int) -> Tensor:
         first = TRAINING_SEED + step * BATCH
         real = pictures(range(first, first + BATCH))[0].to(self.device, memory_format=torch.channels_last)
@@ -65,6 +68,9 @@ class DecoderStage(AutoencoderStage):
         self.recipe = Recipe("decoder", steps=steps, learning_rate=6e-4, ema=0.995)
         self.model.load_state_dict(load_weights(AUTOENCODER))
         self.model.encoder.requires_grad_(False)
+
+    def warm_start(self) -> None:
+        """Nothing to do: this stage always begins with the committed weights."""
 
     def export(self) -> None:
         save_weights(AUTOENCODER, self.model.state_dict())

@@ -45,6 +45,10 @@ class Stage(Protocol):
     @property
     def model(self) -> nn.Module: ...
 
+    def warm_start(self) -> None:
+        """Begin with the committed weights instead of random ones; ValueError where that makes no sense."""
+        ...
+
     def loss(self, step: int) -> Tensor:
         """The scalar loss on the batch of this step."""
         ...

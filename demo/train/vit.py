@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..vit import WIDTH, build_vit
-from ..weights import VIT, save_weights
+from ..weights import VIT, load_weights, save_weights
 from .data import TRAINING_SEED, pictures
 from .loop import Recipe
 
@@ -35,6 +35,10 @@ class VitStage:
         heads = {name: nn.Sequential(nn.Linear(WIDTH, 256), nn.GELU(), nn.Linear(256, 64)) for name in ("cls", "patch")}
         self.backbone = build_vit()
         self.model = nn.ModuleDict({"backbone": self.backbone, **heads}).to(device)
+
+    def warm_start(self) -> None:
+        """Begin with the committed backbone; the heads begin anew."""
+        self.backbone.load_state_dict(load_weights(VIT))
 
     def loss(self, step: int) -> Tensor:
         picture_loss, patch_loss = self._losses(range(FIRST_SEED + step * BATCH, FIRST_SEED + (step + 1) * BATCH), step)
