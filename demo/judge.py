@@ -70,7 +70,7 @@ class JudgeNetwork(nn.Module):
 
 
 def _average_inside(features: Tensor, inside: Tensor) -> Tensor:
-    weight = nn.functional.adaptive_avg_pool2d(inside, features.shape[-2:])
+    weight = nn.functional.adaptive_avg_pool2d(inside, (features.shape[-2], features.shape[-1]))
     return (features * weight).sum((2, 3)) / (weight.sum((2, 3)) + 1e-3)
 
 

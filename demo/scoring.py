@@ -33,5 +33,5 @@ def score_composition(
     source = world.render(shape_of)
     found = judge.look(picture[None]).mask[0]
     mask = torch.from_numpy(truth.mask)
-    images = (torch.from_numpy(np.asarray(i)).permute(2, 0, 1) for i in (picture, truth.image, source.image))
-    return {"shape_iou": mask_iou(found, mask), "appearance": appearance_score(*images, mask)}
+    made, true, own = (torch.as_tensor(image).permute(2, 0, 1) for image in (picture, truth.image, source.image))
+    return {"shape_iou": mask_iou(found, mask), "appearance": appearance_score(made, true, own, mask)}

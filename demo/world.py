@@ -199,8 +199,8 @@ def value(factors: Factors, name: str) -> str:
 
 def demo_pair() -> tuple[Factors, Factors]:
     """The two pictures `make demo` starts from: a shape the model has never seen, and an appearance it has."""
-    shape = replace(sample(7, shapes=("heart",), textures=("plain",)), background="sky")
-    return shape, sample(23, shapes=("square",), textures=("striped",))
+    shape = sample(313, shapes=("heart",), textures=("plain",))  # purple, on sky
+    return shape, sample(25, shapes=("square",), textures=("striped", "dotted"))  # orange and brown, striped
 
 
 def render(factors: Factors, size: int = SIZE) -> Rendered:

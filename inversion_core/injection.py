@@ -71,6 +71,11 @@ class Injection:
         return self  # immutable: hosts that copy their options may share it
 
     @property
+    def references(self) -> tuple[Reference, ...]:
+        """The references this injection reads."""
+        return tuple(reference for reference in (self.appearance, self.shape) if reference is not None)
+
+    @property
     def neutral(self) -> bool:
         """True if the injection cannot change anything: hosts then attach nothing at all."""
         return self.edit.strength == 0

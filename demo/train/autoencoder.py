@@ -23,7 +23,7 @@ class AutoencoderStage:
         self.recipe = Recipe("autoencoder", steps=steps, learning_rate=1.2e-3, ema=0.995)
         self.device = device
         torch.manual_seed(0)
-        self.model: nn.Module = DemoAutoencoder()
+        self.model = DemoAutoencoder()
         reset(self.model)
         self.model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
@@ -40,18 +40,18 @@ class AutoencoderStage:
         size = (latent.float().square().mean() - 1).square()
         return error.square().mean() * 2 + error.abs().mean() * 0.5 + 0.01 * size
 
-    def samples(self, averaged: nn.Module, folder: Path, step: int) -> str:
+    def samples(self, folder: Path, step: int) -> str:
         real, _ = pictures(range(24), shapes=world.WITHHELD_SHAPES, textures=world.TEXTURES)
-        made = averaged.decode(averaged.encode(real.to(self.device))).cpu()
+        made = self.model.decode(self.model.encode(real.to(self.device))).cpu()
         write_grid(torch.cat([real[:12], made[:12]]), folder / f"{step:06d}.png", 12)
         return f"psnr {psnr(real, made):.2f} dB"
 
-    def export(self, averaged: nn.Module) -> None:
+    def export(self) -> None:
         real, _ = pictures(range(TRAINING_SEED, TRAINING_SEED + 256))
-        latent = torch.cat([averaged.encode(part.to(self.device)) for part in real.split(32)]).cpu()
+        latent = torch.cat([self.model.encode(part.to(self.device)) for part in real.split(32)]).cpu()
         dims = (0, 2, 3)
         shift, scale = latent.mean(dims, keepdim=True), latent.std(dims, keepdim=True)
-        state = {key: value.cpu() for key, value in averaged.state_dict().items()}
+        state = {key: value.cpu() for key, value in self.model.state_dict().items()}
         state["shift"], state["scale"] = shift, scale
         state["preview"], state["preview_bias"] = _preview((latent - shift) / scale, real)
         save_weights(AUTOENCODER, state)
@@ -67,6 +67,6 @@ def _preview(latent: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def psnr(real: Tensor, made: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in [-1, 1], over each picture and then averaged."""
+    """Peak signal-to-noise ratio in dB of pictures in [-1, 1], over each picture and then self.model."""
     error = (made.clamp(-1, 1) - real).square().mean(dim=(1, 2, 3)) / 4
     return float((-10 * error.log10()).mean())

@@ -36,7 +36,7 @@ class DenoiserStage:
         self.base = build_denoiser()
         self.clip = comfy.sd.CLIP(target=clip_target(), parameters=1, model_options={"dtype": torch.float32})
         text = self.clip.cond_stage_model
-        self.model: nn.Module = nn.ModuleDict({"unet": self.base.diffusion_model, "text": text})
+        self.model = nn.ModuleDict({"unet": self.base.diffusion_model, "text": text})
         reset(self.model)
         embeddings = text.clip_l.transformer.text_model.embeddings
         for table in (embeddings.token_embedding, embeddings.position_embedding):
@@ -82,18 +82,18 @@ class DenoiserStage:
     def _encode(self, captions: list[str]) -> Tensor:
         tokens = [self.clip.tokenize(text)["l"][0] for text in captions]
         ids = torch.tensor([[token for token, _ in row] for row in tokens], device=self.device)
-        return self.model["text"].clip_l.transformer(ids)[0].float()
+        return self.clip.cond_stage_model.clip_l.transformer(ids)[0].float()
 
-    def samples(self, averaged: nn.Module, folder: Path, step: int) -> str:
+    def samples(self, folder: Path, step: int) -> str:
         factors = [world.sample(seed) for seed in range(24)]
         demo = DemoModel(_patcher(self.base), self.clip, self.vae)
         made = generate(demo, [world.prompt(f) for f in factors], range(24), steps=16)
         write_grid(made.permute(0, 3, 1, 2) * 2 - 1, folder / f"{step:06d}.png", 12)
         return ""
 
-    def export(self, averaged: nn.Module) -> None:
-        save_weights(DENOISER, averaged["unet"].state_dict())
-        save_weights(TEXT_ENCODER, averaged["text"].state_dict())
+    def export(self) -> None:
+        save_weights(DENOISER, self.model["unet"].state_dict())
+        save_weights(TEXT_ENCODER, self.model["text"].state_dict())
 
 
 def _protect_from_inplace(text: nn.Module) -> None:

@@ -26,7 +26,7 @@ class JudgeStage:
         self.recipe = Recipe("judge", steps=steps, learning_rate=2e-3, ema=0.998)
         self.device = device
         torch.manual_seed(2)
-        self.model: nn.Module = JudgeNetwork().to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.model = JudgeNetwork().to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.first_stage = load_vae().first_stage_model.to(device)
 
     def loss(self, step: int) -> Tensor:
@@ -54,10 +54,9 @@ class JudgeStage:
         shift = torch.from_numpy(rng.uniform(-0.03, 0.03, (BATCH, 3, 1, 1))).to(images)
         return (images + shift + noise * rng.uniform(0, 0.04)).clamp(0, 1)
 
-    def samples(self, averaged: nn.Module, folder: Path, step: int) -> str:
+    def samples(self, folder: Path, step: int) -> str:
         images, factors, masks = _everything(range(512))
-        assert isinstance(averaged, JudgeNetwork)
-        verdict = Judge(averaged).look(images.permute(0, 2, 3, 1).to(self.device))
+        verdict = Judge(self.model).look(images.permute(0, 2, 3, 1).to(self.device))
         figures = []
         for name in FACTORS:
             right = [found == world.value(f, name) for found, f in zip(getattr(verdict, name), factors, strict=True)]
@@ -66,8 +65,8 @@ class JudgeStage:
         iou = (a & b).sum((1, 2)) / (a | b).sum((1, 2))
         return " ".join([*figures, f"iou {iou.mean():.4f}"])
 
-    def export(self, averaged: nn.Module) -> None:
-        save_weights(JUDGE, averaged.state_dict())
+    def export(self) -> None:
+        save_weights(JUDGE, self.model.state_dict())
 
 
 def _everything(seeds: range) -> tuple[Tensor, list[world.Factors], Tensor]:

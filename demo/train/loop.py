@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -37,20 +38,22 @@ class Recipe:
 
 
 class Stage(Protocol):
-    """A model and what it learns from."""
+    """A model and what it learns from. `samples` and `export` are called while the model holds averaged weights."""
 
     recipe: Recipe
-    model: nn.Module
+
+    @property
+    def model(self) -> nn.Module: ...
 
     def loss(self, step: int) -> Tensor:
         """The scalar loss on the batch of this step."""
         ...
 
-    def samples(self, averaged: nn.Module, folder: Path, step: int) -> str:
+    def samples(self, folder: Path, step: int) -> str:
         """Write pictures to look at; return one line of figures for the log."""
         ...
 
-    def export(self, averaged: nn.Module) -> None:
+    def export(self) -> None:
         """Write the stage's weights as safetensors."""
         ...
 
@@ -97,7 +100,7 @@ def train(stage: Stage, runs: Path, *, save_every_s: float = 120.0, export_on_sa
             _save(state_file, step + 1, stage.model, averaged, optimiser)
             saved = time.monotonic()
         if last or (step + 1) % recipe.samples_every == 0:
-            figures = averaged.apply(lambda model: stage.samples(model, folder, step + 1))  # noqa: B023
+            figures = averaged.apply(partial(stage.samples, folder, step + 1))
             bar.write(f"{recipe.name} step {step + 1} loss {running:.4f} {figures}")
             if last or export_on_save:
                 averaged.apply(stage.export)
@@ -120,15 +123,15 @@ class _Average:
             else:
                 self.shadow[name].copy_(value)
 
-    def apply(self, use: Callable[[nn.Module], T]) -> T:
-        """Call `use` with the model holding the averaged weights; the trained ones come back afterwards."""
+    def apply(self, use: Callable[[], T]) -> T:
+        """Call `use` while the model holds the averaged weights; the trained ones come back afterwards."""
         kept = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         was_training = self.model.training
         self.model.load_state_dict(self.shadow)
         self.model.eval()
         try:
             with torch.no_grad():
-                return use(self.model)
+                return use()
         finally:
             self.model.load_state_dict(kept)
             self.model.train(was_training)

@@ -33,18 +33,19 @@ class VitStage:
         self.device = device
         torch.manual_seed(4)
         heads = {name: nn.Sequential(nn.Linear(WIDTH, 256), nn.GELU(), nn.Linear(256, 64)) for name in ("cls", "patch")}
-        self.model: nn.Module = nn.ModuleDict({"backbone": build_vit(), **heads}).to(device)
+        self.backbone = build_vit()
+        self.model = nn.ModuleDict({"backbone": self.backbone, **heads}).to(device)
 
     def loss(self, step: int) -> Tensor:
         picture_loss, patch_loss = self._losses(range(FIRST_SEED + step * BATCH, FIRST_SEED + (step + 1) * BATCH), step)
         return picture_loss + patch_loss
 
-    def samples(self, averaged: nn.Module, folder: Path, step: int) -> str:
+    def samples(self, folder: Path, step: int) -> str:
         picture_loss, patch_loss = self._losses(range(BATCH), step)
         return f"held-out picture loss {picture_loss:.3f} patch loss {patch_loss:.3f}"
 
-    def export(self, averaged: nn.Module) -> None:
-        save_weights(VIT, averaged["backbone"].state_dict())
+    def export(self) -> None:
+        save_weights(VIT, self.backbone.state_dict())
 
     def _losses(self, seeds: range, step: int) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng([4, step])
@@ -52,7 +53,7 @@ class VitStage:
         first, second = _affine(rng, len(images)), _affine(rng, len(images))
         views = torch.cat([_view(images, first, rng), _view(images, second, rng)])
         with torch.autocast(self.device.type, torch.bfloat16):
-            tokens = self.model["backbone"].forward_features(views)
+            tokens = self.backbone.forward_features(views)
             cls = self.model["cls"](tokens[:, 0])
             patches = self.model["patch"](tokens[:, 1:])
         one, two = F.normalize(cls.float(), dim=-1).chunk(2)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.model_patcher
 import comfy.patcher_extension
@@ -24,7 +24,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor
 
 from ..attention import AttentionEdit, ReferenceTokens, Tokens, edited_attention
-from ..injection import Injection, Site
+from ..injection import Injection, Site, Window
 from ..reference import Reference, ReferenceBank
 from .base import Crop, Grid, HostError, map_to_tokens, mask_to_tokens, tokens_to_map
 
@@ -48,8 +48,8 @@ def attach(model: comfy.model_patcher.ModelPatcher, injection: Injection) -> com
             f"{type(unet).__name__}: load a checkpoint of one of these families"
         )
     channels = model.model.latent_format.latent_channels
-    for reference in (injection.appearance, injection.shape):
-        if reference is not None and reference.latent.shape[1] != channels:
+    for reference in injection.references:
+        if reference.latent.shape[1] != channels:
             raise HostError(
                 f"the reference has {reference.latent.shape[1]} latent channels, but this model works with {channels}: "
                 "encode it with the VAE that belongs to this model"
@@ -87,6 +87,15 @@ class _OuterSample:
         result = executor(noise, *args, **kwargs)
         run.require_effect()
         return result
+
+
+class _Active(NamedTuple):
+    """An injection at work at the current sigma, with the hidden states of the references that are."""
+
+    injection: Injection
+    edit: AttentionEdit | None
+    appearance: dict[Any, Tensor] | None
+    shape: dict[Any, Tensor] | None
 
 
 @dataclass
@@ -135,7 +144,7 @@ class _Run:
     calls: int = 0
     _conds: dict[tuple[str, int], list] = field(default_factory=dict)
     _areas: dict[Any, tuple[int, ...]] = field(default_factory=dict)
-    _now: list[tuple[Injection, AttentionEdit | None, bool, dict, dict]] = field(default_factory=list)
+    _now: list[_Active] = field(default_factory=list)
     _call: _Call | None = None
     _shared: dict[Any, Any] = field(default_factory=dict)
 
@@ -174,28 +183,23 @@ class _Run:
         }
         self._now = []
         for injection in self.injections:
-            appearance = _inside(base, injection.window, sigma) and injection.appearance is not None
-            shape = _inside(base, injection.shape_window, sigma) and injection.shape is not None
-            if not appearance and not shape:
-                continue
-            self._now.append(
-                (
-                    injection,
-                    injection.at(appearance, shape),
-                    shape,
-                    self._states(base, injection.appearance, sigma, x) if appearance else {},
-                    self._states(base, injection.shape, sigma, x) if shape else {},
-                )
-            )
+            appearance = self._states(base, injection.appearance, injection.window, sigma, x)
+            shape = self._states(base, injection.shape, injection.shape_window, sigma, x)
+            if appearance is not None or shape is not None:
+                edit = injection.at(appearance is not None, shape is not None)
+                self._now.append(_Active(injection, edit, appearance, shape))
         try:
             return executor(x, t, *args, **kwargs)
         finally:
             self._now, self._call = [], None
             self._shared.clear()
 
-    def _states(self, base: Any, reference: Reference | None, sigma: float, like: Tensor) -> dict:
-        """The reference's hidden states at this sigma, from the bank or from one pass of the model."""
-        assert reference is not None
+    def _states(
+        self, base: Any, reference: Reference | None, window: Window, sigma: float, like: Tensor
+    ) -> dict[Any, Tensor] | None:
+        """The reference's hidden states at this sigma, from the bank or from one pass; None outside the window."""
+        if reference is None or not _inside(base, window, sigma):
+            return None
         key = (reference.content, id(reference.conditioning), sigma)
         states = self.bank.get(key)
         if states is None:
@@ -213,11 +217,14 @@ class _Run:
         states: dict[Any, Tensor] = {}
 
         def self_attention(n: Tensor, context: Tensor, value: Tensor, extra: Options) -> tuple:
-            states[_site(extra)] = tokens_to_map(n, _grid(extra)).clone()
+            if any(reference in one.references and _chosen(one, _site(extra)) for one in self.injections):
+                states[_site(extra)] = tokens_to_map(n, _grid(extra))
             return n, context, value
 
         def decoder_block(h: Tensor, skip: Tensor, options: Options) -> tuple:
-            states[options["block"][1]] = h.clone()
+            number = options["block"][1]
+            if any(reference is one.shape and number in self._blocks(one) for one in self.injections):
+                states[number] = h
             return h, skip
 
         hooks = {"attn1_patch": [self_attention], "output_block_patch": [decoder_block]}
@@ -245,10 +252,9 @@ class _Run:
     def output_block_patch(self, h: Tensor, skip: Tensor, options: Options) -> tuple[Tensor, Tensor]:
         """Blend the shape reference's decoder features into what enters a feature block."""
         number = options["block"][1]
-        for injection, _, shape, _, states in self._now:
-            blocks = self.feature_blocks if injection.feature_blocks is None else injection.feature_blocks
+        for injection, _, _, states in self._now:
             share = injection.feature_strength * injection.edit.strength
-            if not shape or share == 0 or number not in blocks:
+            if states is None or share == 0 or number not in self._blocks(injection):
                 continue
             parts = []
             for rows in self._rows(h, options):
@@ -270,7 +276,7 @@ class _Run:
         """Append the references' hidden states to the tokens of this self-attention."""
         site, grid = _site(extra), _grid(extra)
         self._call = None
-        chosen = [now for now in self._now if now[1] is not None and _chosen(now[0], site)]
+        chosen = [now for now in self._now if _chosen(now.injection, site)]
         if not chosen:
             return n, context, value
         if n.shape[1] != grid.height * grid.width:
@@ -281,9 +287,11 @@ class _Run:
         rows = self._rows(n, extra)
         call = _Call(site, n.shape[1], context.shape[1], [], rows)
         queries, keys, values = [n], [context], [value]
-        for injection, edit, _, appearance, shape in chosen:
+        for injection, edit, appearance, shape in chosen:
+            if edit is None:
+                continue
             part = _Part(injection, edit)
-            if edit.shape_query > 0 or edit.shape_key > 0:
+            if shape is not None and (edit.shape_query > 0 or edit.shape_key > 0):
                 tokens = torch.cat(
                     [self._fitted(shape, site, grid, r).to(n).expand(r.stop - r.start, -1, -1) for r in rows]
                 )
@@ -291,13 +299,15 @@ class _Run:
                 queries.append(tokens)
                 keys.append(tokens)
                 values.append(tokens)
-            if edit.reference != "none" or edit.qk_stats:
+            if appearance is not None and (edit.reference != "none" or edit.qk_stats):
                 tokens = map_to_tokens(appearance[site]).to(n).expand(n.shape[0], -1, -1)
                 part.appearance_at, part.appearance_tokens = _length(keys), tokens.shape[1]
                 part.mask_ref = self._reference_mask(injection, Grid(*appearance[site].shape[-2:]), n.device)
                 keys.append(tokens)
                 values.append(tokens)
             call.parts.append(part)
+        if not call.parts:
+            return n, context, value
         self._call = call
         same = value is context
         keys_joined = torch.cat(keys, dim=1)
@@ -340,6 +350,9 @@ class _Run:
             references = [ReferenceTokens(k[at, :, span], v[at, :, span], part.mask_ref)]
         mask_out = self._output_mask(injection, call, rows, q.device)
         return edited_attention(part.edit, mine, references, shape=shape, mask_out=mask_out, attend=attend)
+
+    def _blocks(self, injection: Injection) -> frozenset[int]:
+        return self.feature_blocks if injection.feature_blocks is None else injection.feature_blocks
 
     # --- rows, grids and masks ----------------------------------------------------------------------------------------
 
@@ -443,7 +456,7 @@ class _Replacement:
         return self.run.attention(q, k, v, attend).transpose(1, 2).flatten(2)
 
 
-def _inside(base: Any, window: Any, sigma: float) -> bool:
+def _inside(base: Any, window: Window, sigma: float) -> bool:
     """Whether a sigma lies in a window of sampling percent, as ComfyUI counts it for conditionings."""
     start, end = (float(base.model_sampling.percent_to_sigma(percent)) for percent in (window.start, window.end))
     return end < sigma <= start

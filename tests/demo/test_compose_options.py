@@ -138,16 +138,20 @@ def test_a_size_the_latent_grid_cannot_hold_is_refused(graph: Graph, size: str) 
         edited(graph, OURS, "--size", size)
 
 
-def test_the_prompt_is_the_given_one_else_the_demo_pairs_else_empty(tmp_path: Path) -> None:
+def test_the_prompt_is_the_given_one_else_the_demo_pairs_place_else_empty(tmp_path: Path) -> None:
     own = str(save_picture(tmp_path / "own.png", "RGB"))
     shape_of, appearance_of = world.demo_pair()
-
-    prompts = [
+    *given, demo, without = [
         compose.plan(compose.parse(arguments)).prompt
         for arguments in (["--prompt", "mine"], ["--shape", own, "--prompt", "mine"], [], ["--shape", own])
     ]
 
-    assert prompts == ["mine", "mine", world.prompt(world.compose(shape_of, appearance_of, shape_of)), ""]
+    assert given == ["mine", "mine"]
+    assert without == ""
+    assert shape_of.background in demo
+    # Shape and appearance have to come from the pictures.
+    told = {shape_of.shape, appearance_of.appearance.colour, appearance_of.appearance.texture}
+    assert not told & set(demo.split())
 
 
 def test_own_pictures_have_no_truth_and_no_score(tmp_path: Path) -> None:
