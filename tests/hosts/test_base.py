@@ -38,8 +38,9 @@ def test_a_crop_is_cut_where_it_lies(stride: int, mode: str) -> None:
     cut = crop.of(ramp(32, 64), Grid(8 // stride, 12 // stride), mode)
     rows = (torch.arange(8 // stride) * stride + 8 + stride / 2) / 16
     columns = (torch.arange(12 // stride) * stride + 16 + stride / 2) / 32
-    torch.testing.assert_close(cut[0, 0, :, 0], rows)
-    torch.testing.assert_close(cut[0, 1, 0], columns)
+    quarter_cell = stride / 16 / 4  # at the border of the picture a smooth resize is off a little
+    torch.testing.assert_close(cut[0, 0, :, 0], rows, atol=quarter_cell, rtol=0)
+    torch.testing.assert_close(cut[0, 1, 0], columns, atol=quarter_cell, rtol=0)
 
 
 @pytest.mark.parametrize("full", [7, 16, 19])
