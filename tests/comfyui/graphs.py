@@ -46,7 +46,13 @@ def injected(reference: str, **inputs: Any) -> dict[str, Node]:
     graph = text_to_image(steps=2)
     graph["picture"] = node("LoadImage", image=reference)
     graph["encode"] = node("ShapeAppearanceEncodeReference", image=["picture", 0], vae=["demo", 2], noise_seed=0)
-    values = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0, "shape_strength": 1.0, "shape_end_percent": 0.6}
+    values = {
+        "strength": 1.0,
+        "start_percent": 0.0,
+        "end_percent": 1.0,
+        "shape_strength": 1.0,
+        "shape_end_percent": 0.6,
+    }
     graph["inject"] = node(
         "ShapeAppearanceKVInjection", **{"model": ["demo", 0], "appearance": ["encode", 0], **values, **inputs}
     )

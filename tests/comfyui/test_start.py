@@ -88,5 +88,3 @@ def test_every_input_and_output_says_what_it_is(client: ComfyClient, name: str) 
     assert silent == []
     assert all(info["output_tooltips"])
     assert len(info["output_tooltips"]) == len(info["output"])
-
-

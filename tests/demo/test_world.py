@@ -114,8 +114,9 @@ def test_the_outline_mixes_both_by_its_coverage() -> None:
     look = replace(world.sample(0, textures=("plain",)).appearance, tone=(1.0, 0.0, 0.5))
     factors = replace(world.sample(0), appearance=look, background="slate", background_shift=(0.0, 0.0, 0.0))
     image, coverage = world.render(factors)
-    expected = np.array(world.BACKGROUNDS["slate"][0]) * (1 - coverage[..., None]) + np.array(look.tone) * (
-        coverage[..., None]
+    expected = (
+        np.array(world.BACKGROUNDS["slate"][0]) * (1 - coverage[..., None])
+        + np.array(look.tone) * (coverage[..., None])
     )
     np.testing.assert_allclose(image, expected, atol=1e-6)
 

@@ -230,9 +230,7 @@ def test_twins_may_be_read_at_different_sites(model: Patcher) -> None:
     assert torch.equal(sample(two), sample(same))
 
 
-def test_what_the_reference_mask_hides_cannot_reach_the_output(
-    model: Patcher, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_reference_mask_hides_cannot_reach_the_output(model: Patcher, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokens in the bank are exchanged: the reference's pass itself mixes all of the picture."""
     mask = torch.zeros(1, 1, 12, 20)
     mask[..., :8] = 1
@@ -351,7 +349,7 @@ def test_a_region_that_is_the_whole_picture_is_no_region(model: Patcher) -> None
 
 
 def test_a_region_takes_its_own_part_of_the_output_mask(model: Patcher) -> None:
-    """The mask covers the left half; the region on the right keeps the plain attention, the one on the left does not."""
+    """The mask covers the left half: the region there is edited, the one on the right keeps the plain attention."""
     for left, edited in ((0, True), (8, False)):
         positive = prompt(101, area=(16, 8, 0, left))
         outputs = []
@@ -485,7 +483,9 @@ def test_another_packs_hook_still_works_where_we_inject(model: Patcher, hook: st
     results = {}
     for gain in (1.0, 0.0):
         other = OtherPack(gain)
-        patched = other.on(attach(model, injection), hook) if first == "ours" else attach(other.on(model, hook), injection)
+        patched = (
+            other.on(attach(model, injection), hook) if first == "ours" else attach(other.on(model, hook), injection)
+        )
         results[gain] = at_the_fine_site(patched)
         assert other.calls > 0
     expected = at_the_fine_site(attach(model, injection))
@@ -596,7 +596,9 @@ def test_every_decoder_self_attention_of_sdxl_is_edited() -> None:
 
         patch.setattr(run, "attention", record)
         sample(attach(model, reads(B)), positive=prompt(101, **extra), negative=prompt(102, **extra), steps=1)
-    assert seen == [Site("output", number, index) for number, depth in enumerate((2, 2, 2, 1, 1, 1)) for index in range(depth)]
+    assert seen == [
+        Site("output", number, index) for number, depth in enumerate((2, 2, 2, 1, 1, 1)) for index in range(depth)
+    ]
 
 
 def test_sdxls_reference_has_its_own_size_and_the_negatives_pooled_text() -> None:
