@@ -398,7 +398,8 @@ class _Run:
 
 
 _PLACED = ("area", "mask", "mask_strength", "control", "gligen", "default", "hooks", "uuid_area")
-"""What places a prompt in the picture or steers its layout: the reference's pass goes without."""
+_PLACED += ("start_percent", "end_percent")
+"""What places a prompt in the picture or in time, or steers its layout: the reference's pass goes without."""
 
 
 @dataclass(frozen=True, eq=False)
