@@ -454,7 +454,8 @@ class _Replacement:
 
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             joined = (x.transpose(1, 2).flatten(2) for x in (q, k, v))
-            return self.owner(*joined, extra).unflatten(2, (heads, -1)).transpose(1, 2)
+            # Masks travel in extra channels of the head: the owner must not split it by the model's own width.
+            return self.owner(*joined, {**extra, "dim_head": q.shape[-1]}).unflatten(2, (heads, -1)).transpose(1, 2)
 
         q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
         return self.run.attention(q, k, v, attend).transpose(1, 2).flatten(2)
