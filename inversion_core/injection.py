@@ -87,5 +87,5 @@ class Injection:
             edit = replace(edit, reference="none", qk_stats=False)
         if not shape or self.shape is None:
             edit = replace(edit, shape_query=0.0, shape_key=0.0)
-        idle = edit.reference == "none" and edit.shape_query == 0 and edit.shape_key == 0
+        idle = edit.reference == "none" and not edit.qk_stats and edit.shape_query == 0 and edit.shape_key == 0
         return None if idle else edit

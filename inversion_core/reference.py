@@ -40,6 +40,8 @@ class Reference:
                 f"the mask is {tuple(self.mask.shape)}, but it must lie on the latent's grid: "
                 f"(1, 1, {self.latent.shape[-2]}, {self.latent.shape[-1]})"
             )
+        if self.mask is not None and not bool((self.mask > 0).any()):
+            raise ValueError("the mask is empty: nothing of the reference could be read. Paint it or leave it out")
         object.__setattr__(self, "content", _digest(self.latent, self.noise_seed))
 
     def __deepcopy__(self, memo: dict) -> Reference:

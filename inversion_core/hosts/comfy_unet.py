@@ -200,7 +200,7 @@ class _Run:
         """The reference's hidden states at this sigma, from the bank or from one pass; None outside the window."""
         if reference is None or not _inside(base, window, sigma):
             return None
-        key = (reference.content, id(reference.conditioning), sigma)
+        key = (*_identity(reference), sigma)
         states = self.bank.get(key)
         if states is None:
             states = self._capture(base, reference, sigma, like)
@@ -216,14 +216,17 @@ class _Run:
         noisy = base.model_sampling.noise_scaling(level.view(1, 1, 1, 1), noise, latent)
         states: dict[Any, Tensor] = {}
 
+        def reads(*references: Reference | None) -> bool:
+            return any(one is not None and _identity(one) == _identity(reference) for one in references)
+
         def self_attention(n: Tensor, context: Tensor, value: Tensor, extra: Options) -> tuple:
-            if any(reference in one.references and _chosen(one, _site(extra)) for one in self.injections):
+            if any(reads(one.appearance, one.shape) and _chosen(one, _site(extra)) for one in self.injections):
                 states[_site(extra)] = tokens_to_map(n, _grid(extra))
             return n, context, value
 
         def decoder_block(h: Tensor, skip: Tensor, options: Options) -> tuple:
             number = options["block"][1]
-            if any(reference is one.shape and number in self._blocks(one) for one in self.injections):
+            if any(reads(one.shape) and number in self._blocks(one) for one in self.injections):
                 states[number] = h
             return h, skip
 
@@ -235,7 +238,7 @@ class _Run:
 
     def _reference_conds(self, base: Any, reference: Reference, noise: Tensor) -> list:
         """The conditioning of the reference's pass, made ready for its size once a run."""
-        key = (reference.content, id(reference.conditioning))
+        key = _identity(reference)
         if key not in self._conds:
             if reference.conditioning is not None:
                 conds = comfy.sampler_helpers.convert_cond(reference.conditioning)
@@ -400,7 +403,8 @@ class _Run:
 
 
 _PLACED = ("area", "mask", "mask_strength", "control", "gligen", "default", "hooks", "uuid_area")
-"""What places a prompt in the picture or steers its layout: the reference's pass goes without."""
+_PLACED += ("start_percent", "end_percent")
+"""What places a prompt in the picture or in time, or steers its layout: the reference's pass goes without."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -455,10 +459,16 @@ class _Replacement:
 
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             joined = (x.transpose(1, 2).flatten(2) for x in (q, k, v))
-            return self.owner(*joined, extra).unflatten(2, (heads, -1)).transpose(1, 2)
+            # Masks travel in extra channels of the head: the owner must not split it by the model's own width.
+            return self.owner(*joined, {**extra, "dim_head": q.shape[-1]}).unflatten(2, (heads, -1)).transpose(1, 2)
 
         q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
         return self.run.attention(q, k, v, attend).transpose(1, 2).flatten(2)
+
+
+def _identity(reference: Reference) -> tuple[str, int]:
+    """Equal for references that look the same to the model, whatever their masks: they share the bank's entries."""
+    return reference.content, id(reference.conditioning)
 
 
 def _inside(base: Any, window: Window, sigma: float) -> bool:

@@ -11,7 +11,7 @@ from demo.server import ComfyServer, free_port
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     log = tmp_path_factory.mktemp("comfyui") / "server.log"
-    with ComfyServer(free_port(), log=log) as running:
+    with ComfyServer(free_port(), log=log, arguments=["--preview-method", "latent2rgb"]) as running:
         yield running
 
 

@@ -8,7 +8,6 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-import reference_attention as oracle
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +25,8 @@ from inversion_core.attention import (
     readable_tokens,
     scaled_dot_product,
 )
+
+from . import reference_attention as oracle
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 MODES: tuple[ReferenceMode, ...] = get_args(ReferenceMode)
