@@ -398,7 +398,18 @@ class _Run:
 
 
 _PLACED = frozenset(
-    ("area", "mask", "mask_strength", "start_percent", "end_percent", "control", "gligen", "default", "hooks", "uuid_area")
+    (
+        "area",
+        "mask",
+        "mask_strength",
+        "start_percent",
+        "end_percent",
+        "control",
+        "gligen",
+        "default",
+        "hooks",
+        "uuid_area",
+    )
 )
 """What places a prompt in the picture or in time, or steers its layout: the reference's pass goes without."""
 
