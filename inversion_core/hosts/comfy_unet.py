@@ -402,8 +402,20 @@ class _Run:
         return self._shared[key]
 
 
-_PLACED = ("area", "mask", "mask_strength", "control", "gligen", "default", "hooks", "uuid_area")
-_PLACED += ("start_percent", "end_percent")
+_PLACED = frozenset(
+    (
+        "area",
+        "mask",
+        "mask_strength",
+        "start_percent",
+        "end_percent",
+        "control",
+        "gligen",
+        "default",
+        "hooks",
+        "uuid_area",
+    )
+)
 """What places a prompt in the picture or in time, or steers its layout: the reference's pass goes without."""
 
 
