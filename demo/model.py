@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .autoencoder import DemoAutoencoder
 from .denoiser import build_denoiser
 from .text import clip_target
-from .weights import AUTOENCODER, DENOISER, FOLDER, TEXT_ENCODER, DemoWeightsError, load_weights
+from .weights import AUTOENCODER, CURE, DENOISER, FOLDER, TEXT_ENCODER, DemoWeightsError, load_weights
 
 
 class DemoModel(NamedTuple):
@@ -87,4 +87,6 @@ def _load(module: nn.Module, state: dict[str, Tensor], name: str) -> None:
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        raise DemoWeightsError(f"demo weights {name} belong to another version of the pack: {error}") from error
+        raise DemoWeightsError(
+            f"demo weights {name} belong to another version of the pack ({error}): {CURE}"
+        ) from error

@@ -18,6 +18,8 @@ TEXT_ENCODER = "text_encoder.safetensors"
 JUDGE = "judge.safetensors"
 VIT = "vit.safetensors"
 
+CURE = "restore it with `git checkout -- demo` or by reinstalling the pack, or train it with `python -m demo.train`"
+
 
 class DemoWeightsError(RuntimeError):
     """The demo's weights are missing or unreadable."""
@@ -36,10 +38,9 @@ def load_weights(name: str, folder: Path = FOLDER) -> dict[str, Tensor]:
         DemoWeightsError: the file is missing or is not a whole safetensors file; the message says how to get it back.
     """
     path = folder / name
-    cure = "restore it with `git checkout -- demo` or by reinstalling the pack, or train it with `python -m demo.train`"
     if not path.is_file():
-        raise DemoWeightsError(f"demo weights {path} are missing: {cure}")
+        raise DemoWeightsError(f"demo weights {path} are missing: {CURE}")
     try:
         return {key: value.to(torch.float32) for key, value in load_file(path).items()}
     except (SafetensorError, OSError) as error:
-        raise DemoWeightsError(f"demo weights {path} cannot be read ({error}): {cure}") from error
+        raise DemoWeightsError(f"demo weights {path} cannot be read ({error}): {CURE}") from error

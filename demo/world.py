@@ -207,6 +207,8 @@ def render(factors: Factors, size: int = SIZE) -> Rendered:
     """Draw the picture, anti-aliased, at size x size pixels."""
     if size < 8:
         raise ValueError(f"size is {size}, but a picture needs at least 8 pixels a side")
+    if factors.background not in BACKGROUNDS:
+        raise ValueError(f"unknown background {factors.background!r}; the world has {', '.join(BACKGROUNDS)}")
     x, y = _pixel_centres(size)
     coverage = mask(factors, size)
     foreground = _paint(factors.appearance, x - factors.pose.x, y - factors.pose.y, 1.0 / size)

@@ -62,14 +62,14 @@ def appearance_score(result: Tensor, truth: Tensor, source: Tensor, mask: Tensor
 def _patches(image: Tensor, mask: Tensor, side: int, shrink: int) -> Tensor:
     """(N, 3 * side * side): every patch centred inside the mask; all patches touching it if none is."""
     image, weight = image.float().cpu()[None], mask.float().cpu()[None, None]
+    if not bool((weight > 0).any()):
+        raise ValueError("the mask is empty: there are no patches to compare")
+    # Outside the object everything is one flat grey, so that the background never counts as appearance.
+    image = torch.where(weight > 0.5, image, 0.5)
     if shrink > 1:
         image, weight = F.avg_pool2d(image, shrink), F.avg_pool2d(weight, shrink)
     inside = weight[0, 0] > 0.5
     if not bool(inside.any()):
         inside = weight[0, 0] > 0
-    if not bool(inside.any()):
-        raise ValueError("the mask is empty: there are no patches to compare")
-    # Outside the object everything is one flat grey, so that the background never counts as appearance.
-    image = torch.where(weight > 0.5, image, 0.5)
     columns = F.unfold(F.pad(image, [side // 2] * 4, value=0.5), side)[0].T
     return columns[inside.flatten()]

@@ -47,6 +47,11 @@ def attach(model: comfy.model_patcher.ModelPatcher, injection: Injection) -> com
             f"KV Injection works on UNet models (SD1.x, SD2.x, SDXL and the demo model), but this model is a "
             f"{type(unet).__name__}: load a checkpoint of one of these families"
         )
+    if injection.edit.qk_stats or injection.edit.reference == "normalise":
+        raise HostError(
+            "this host carries out replace, extend and the shape's queries and keys, but neither qk_stats nor "
+            f"reference='normalise' (the edit is {injection.edit}): leave them out"
+        )
     channels = model.model.latent_format.latent_channels
     for reference in injection.references:
         if reference.latent.shape[1] != channels:

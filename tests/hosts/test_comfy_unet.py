@@ -182,10 +182,8 @@ def test_references_change_the_output_each_in_its_own_way(model: Patcher, plain:
             assert change(outputs[first], outputs[second]) > VISIBLE, (first, second)
 
 
-@pytest.mark.xfail(strict=True, reason="the UNet host carries out neither yet; no node asks for them")
 @pytest.mark.parametrize("edit", [AttentionEdit(qk_stats=True), AttentionEdit("normalise")], ids=["stats", "normalise"])
 def test_every_edit_does_what_it_says_or_is_refused(model: Patcher, edit: AttentionEdit) -> None:
-    """As it is, statistics end in a ValueError of the operator while sampling, `normalise` silently does nothing."""
     try:
         output = sample(attach(model, reads(B, edit=edit)))
     except HostError:

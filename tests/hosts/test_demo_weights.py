@@ -72,6 +72,5 @@ def test_weights_of_another_version(folder: Path, name: str) -> None:
     assert "another version of the pack" in text
 
 
-@pytest.mark.xfail(strict=True, reason="demo/model.py: the message for another version names no way out")
 def test_weights_of_another_version_name_the_way_out(folder: Path) -> None:
     assert CURE in other_version(folder, DENOISER)
