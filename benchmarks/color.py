@@ -247,13 +247,9 @@ def measure_guidance() -> Figures:
             result = picture[0].numpy()
             inside = truth.mask > 0.5
             means = (np.broadcast_to(i[inside].mean(0), (1, 1, 3)) for i in (result, truth.image))
-            results[name].append(
-                (found, delta_e(result, truth.image, truth.mask), delta_e(*means, np.ones((1, 1))))
-            )
+            results[name].append((found, delta_e(result, truth.image, truth.mask), delta_e(*means, np.ones((1, 1)))))
     names = ("shape_iou", "delta_e", "delta_e_of_mean_colour")
-    return {
-        name: dict(zip(names, map(float, np.mean(rows, axis=0)), strict=True)) for name, rows in results.items()
-    }
+    return {name: dict(zip(names, map(float, np.mean(rows, axis=0)), strict=True)) for name, rows in results.items()}
 
 
 def _reference(vae: Any, rendered: world.Rendered) -> Any:

@@ -155,7 +155,9 @@ def palette(picture: Tensor, mask: Tensor | None = None, count: int = 6) -> list
             break
         centres = torch.cat([centres, points[distance.argmax()][None]])
     for _ in range(20):
-        nearest = torch.nn.functional.one_hot(torch.cdist(points, centres).argmin(dim=1), len(centres)) * weight[:, None]
+        nearest = (
+            torch.nn.functional.one_hot(torch.cdist(points, centres).argmin(dim=1), len(centres)) * weight[:, None]
+        )
         mass = nearest.sum(dim=0)
         centres = torch.where(mass[:, None] > 0, nearest.T @ points / mass[:, None].clamp_min(1e-12), centres)
     rgb = to_rgb(centres.T[:, None], "lab")[:, 0].T.clamp(0, 1).tolist()
@@ -259,9 +261,7 @@ def feathered(mask: Tensor, width: int) -> Tensor:
     return mask * (2 * blurred - 1).clamp(0, 1)
 
 
-def _measured(
-    pictures: Tensor, mask: Tensor | None, space: Space, device: torch.device, budget: int
-) -> Samples | None:
+def _measured(pictures: Tensor, mask: Tensor | None, space: Space, device: torch.device, budget: int) -> Samples | None:
     """The colours of at most `budget` pixels with weight, each picture giving alike; None if no pixel has any."""
     values, weights = [], []
     quota = max(1, budget // pictures.shape[0])

@@ -312,10 +312,8 @@ def _fit_covariance(method: Method, source: Samples, reference: Samples, eps: fl
     # C x C matrices: float64 on the CPU costs nothing, and not every device has float64 or an eigensolver.
     (mean, cov), (mean_ref, cov_ref) = (_moments(one, eps) for one in (source, reference))
     root, whiten = _power(cov, 0.5), _power(cov, -0.5)
-    if method == "wct":
-        matrix = _power(cov_ref, 0.5) @ whiten
-    else:
-        matrix = whiten @ _power(root @ cov_ref @ root, 0.5) @ whiten
+    coloured = _power(cov_ref, 0.5) if method == "wct" else whiten @ _power(root @ cov_ref @ root, 0.5)
+    matrix = coloured @ whiten
     return _Affine(matrix.to(source.values), mean, mean_ref)
 
 
@@ -375,8 +373,7 @@ class _Chain(NamedTuple):
 def _fit_histogram(source: Samples, reference: Samples) -> _Curves:
     return _Curves(
         tuple(
-            _curve(x, source.weight, y, reference.weight)
-            for x, y in zip(source.values, reference.values, strict=True)
+            _curve(x, source.weight, y, reference.weight) for x, y in zip(source.values, reference.values, strict=True)
         )
     )
 
@@ -423,7 +420,9 @@ def _fit_sliced(source: Samples, reference: Samples) -> Transport:
     steps, moved = [], source.values
     for _ in range(_ROTATIONS):
         turned = axes.to(moved)
-        step = _fit_histogram(Samples(turned @ moved, source.weight), Samples(turned @ reference.values, reference.weight))
+        step = _fit_histogram(
+            Samples(turned @ moved, source.weight), Samples(turned @ reference.values, reference.weight)
+        )
         steps.append(step._replace(axes=turned))
         moved = steps[-1](moved)
         axes, _ = torch.linalg.qr(torch.randn(channels, channels, generator=generator, dtype=torch.float64))

@@ -128,7 +128,9 @@ class AdaINColorGuidance(io.ComfyNode):
                     tooltip="Strength over the window: the same throughout, from 0 up, or down to 0.",
                 ),
                 io.Mask.Input(
-                    "mask", optional=True, tooltip="Where the result is matched. Resized to the latent. Else everywhere."
+                    "mask",
+                    optional=True,
+                    tooltip="Where the result is matched. Resized to the latent. Else everywhere.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The patched model, for the KSampler. The one put in is unchanged.")],

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any, get_args
 
-import colour
 import numpy as np
 import pytest
 import torch
@@ -17,6 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from inversion_core import color
 from inversion_core.color import ColorMatch, feathered, match_pictures, palette, to_rgb, to_space
 from inversion_core.statistics import Method
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # colour-science warns that there is no matplotlib for its plots
+    import colour
 
 METHODS = get_args(Method)
 
@@ -225,7 +229,9 @@ def test_an_empty_entry_of_a_reference_mask_and_a_transparent_reference_are_refu
         match_pictures(pictures(0), clear, match=ColorMatch(frames="all"))
 
 
-@pytest.mark.parametrize("change", [{"method": "x"}, {"space": "x"}, {"strength": 1.1}, {"feather": -1}, {"frames": "x"}])
+@pytest.mark.parametrize(
+    "change", [{"method": "x"}, {"space": "x"}, {"strength": 1.1}, {"feather": -1}, {"frames": "x"}]
+)
 def test_settings_outside_of_what_is_allowed_are_refused(change: dict[str, Any]) -> None:
     (name,) = change
     with pytest.raises(ValueError, match=f"{name} is"):

@@ -53,7 +53,7 @@ def test_adain_is_the_closed_formula(seed: int, channels: int, masked: bool) -> 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 16])
 def test_mkl_is_the_analytic_transport_between_gaussians(channels: int) -> None:
-    """Against scipy's matrix roots: A = S^-1/2 (S^1/2 R S^1/2)^1/2 S^-1/2, exact where the distributions are Gaussian."""
+    """Against scipy's matrix roots: S^-1/2 (S^1/2 R S^1/2)^1/2 S^-1/2, exact for Gaussians."""
     generator = torch.Generator().manual_seed(channels)
     x = torch.randn(channels, 5000, generator=generator, dtype=torch.float64)
     y = torch.randn(channels, channels, generator=generator, dtype=torch.float64) @ torch.randn(

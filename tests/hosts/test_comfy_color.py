@@ -151,9 +151,7 @@ def test_inpainting_keeps_the_rest_and_measures_the_hole(soft: bool) -> None:
     hole = torch.zeros(1, 1, 8, 10)
     hole[..., :4] = 1
 
-    out = sample(
-        attach(model, ColorGuidance(reference, window=EVERYWHERE)), shape, latent=picture, noise_mask=hole
-    )
+    out = sample(attach(model, ColorGuidance(reference, window=EVERYWHERE)), shape, latent=picture, noise_mask=hole)
 
     torch.testing.assert_close(out[..., 4:], picture[..., 4:], rtol=0, atol=1e-3)
     for found, wanted in zip(moments(out[0][..., :4]), moments(reference.latent[0]), strict=True):
@@ -224,7 +222,9 @@ def test_other_post_cfg_functions_run_in_their_order() -> None:
 def test_the_ramp_follows_the_sampling_percent(family: str) -> None:
     sampling = model_of(family).model.model_sampling
     for percent in (0.1, 0.25, 0.5, 0.9):
-        assert comfy_color._percent(sampling, float(sampling.percent_to_sigma(percent))) == pytest.approx(percent, abs=2e-3)
+        assert comfy_color._percent(sampling, float(sampling.percent_to_sigma(percent))) == pytest.approx(
+            percent, abs=2e-3
+        )
     rising = ColorGuidance(reference_for(4), strength=0.8, window=Window(0.2, 0.6), ramp="rising")
     assert [rising.strength_at(p) for p in (0.2, 0.4, 0.6)] == pytest.approx([0, 0.4, 0.8])
     assert [replace(rising, ramp="falling").strength_at(p) for p in (0.2, 0.3)] == pytest.approx([0.8, 0.6])
