@@ -152,7 +152,8 @@ def methods() -> dict[str, Run]:
     return found | {name: core(run) for name, run in CORE_LIKE.items()}
 
 
-def measure() -> Figures:
+def measure(file: Path) -> Figures:
+    """Every method; the file is written after each, for a full run takes a while."""
     cases = [Case(i) for i in range(PAIRS)]
     before = np.array([case.error(case.picture) for case in cases])
     kinds = np.array([case.kind for case in cases])
@@ -173,6 +174,7 @@ def measure() -> Figures:
             "milliseconds_1024": spent,
             "round_trips_1024": spent / round_trip,
         }
+        _write(file, figures)
         print(f"{name:>28} {figures[name]['delta_e_after']:6.2f} {figures[name]['fall']:6.1%} {spent:8.0f} ms")
     return figures
 
@@ -260,6 +262,10 @@ def _reference(vae: Any, rendered: world.Rendered) -> Any:
     return Reference(latent, torch.nn.functional.interpolate(mask, size=latent.shape[-2:], mode="area"))
 
 
+def _write(file: Path, figures: Figures) -> None:
+    file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.color", description=__doc__)
     parser.add_argument("--json", type=Path, required=True, help="where to write the figures")
@@ -273,8 +279,8 @@ def main() -> None:
             figures = measure_video()
         else:
             torch.set_num_threads(1)
-            figures = measure()
-    options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+            figures = measure(options.json)
+    _write(options.json, figures)
     for name, found in figures.items():
         print(name, found)
 
