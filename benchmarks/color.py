@@ -83,7 +83,11 @@ def _other_tones(look: world.Appearance, rng: np.random.Generator) -> world.Appe
     tone = np.array(world.COLOURS[colour])
     lighter = sum(look.second_tone) > sum(look.tone)
     second = tone + (1 - tone) * 0.58 if lighter else tone * 0.44
-    return replace(look, colour=colour, tone=tuple(map(float, tone)), second_tone=tuple(map(float, second)))
+    return replace(look, colour=colour, tone=_triple(tone), second_tone=_triple(second))
+
+
+def _triple(tone: np.ndarray) -> tuple[float, float, float]:
+    return float(tone[0]), float(tone[1]), float(tone[2])
 
 
 def _eight_bits(image: np.ndarray) -> Tensor:

@@ -154,6 +154,7 @@ def palette(picture: Tensor, mask: Tensor | None = None, count: int = 6) -> list
         if distance.amax() * _LAB_UNIT < 2:  # what is closer looks the same
             break
         centres = torch.cat([centres, points[distance.argmax()][None]])
+    mass = weight
     for _ in range(20):
         nearest = (
             torch.nn.functional.one_hot(torch.cdist(points, centres).argmin(dim=1), len(centres)) * weight[:, None]

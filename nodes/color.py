@@ -8,7 +8,7 @@ import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io, ui
 
-from ..inversion_core.color import ColorMatch, match_pictures
+from ..inversion_core.color import ColorMatch, Frames, Space, match_pictures
 from ..inversion_core.injection import Window
 from ..inversion_core.statistics import Method
 from .color_preview import preview_sheet
@@ -16,8 +16,8 @@ from .host import output_mask
 from .picture_mask import picture_mask
 from .sockets import Reference
 
-SPACES = {"CIELAB": "lab", "linear RGB": "linear_rgb"}
-FRAMES = {"per image": "each", "one for all": "all", "from one frame": "one"}
+SPACES: dict[str, Space] = {"CIELAB": "lab", "linear RGB": "linear_rgb"}
+FRAMES: dict[str, Frames] = {"per image": "each", "one for all": "all", "from one frame": "one"}
 _METHODS = (
     "mkl: mean and covariance, colours move least. adain: mean and contrast of each channel. wct: mean and covariance "
     "by whitening. histogram: each channel's whole distribution. sliced_ot: the joint distribution; slowest."

@@ -214,7 +214,7 @@ def test_feathering_fades_in_from_the_edge() -> None:
         ({"pictures": torch.zeros(0, 4, 4, 3)}, r"the image has shape \(0, 4, 4, 3\)"),
     ],
 )
-def test_what_cannot_be_matched_is_refused(change: dict[str, Tensor], message: str) -> None:
+def test_what_cannot_be_matched_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         match_pictures(**{"pictures": pictures(0, 2), "reference": pictures(1), **change})
 
