@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from kornia.color import lab_to_rgb, linear_rgb_to_rgb, rgb_to_lab, rgb_to_linear_rgb
 from kornia.filters import gaussian_blur2d
 from torch import Tensor
@@ -154,17 +155,19 @@ def palette(picture: Tensor, mask: Tensor | None = None, count: int = 6) -> list
         if distance.amax() * _LAB_UNIT < 2:  # what is closer looks the same
             break
         centres = torch.cat([centres, points[distance.argmax()][None]])
-    mass = weight
     for _ in range(20):
-        nearest = (
-            torch.nn.functional.one_hot(torch.cdist(points, centres).argmin(dim=1), len(centres)) * weight[:, None]
-        )
-        mass = nearest.sum(dim=0)
-        centres = torch.where(mass[:, None] > 0, nearest.T @ points / mass[:, None].clamp_min(1e-12), centres)
+        nearest = _nearest(points, centres, weight)
+        mass = nearest.sum(dim=0)[:, None]
+        centres = torch.where(mass > 0, nearest.T @ points / mass.clamp_min(1e-12), centres)
     rgb = to_rgb(centres.T[:, None], "lab")[:, 0].T.clamp(0, 1).tolist()
-    shares = (mass / mass.sum()).tolist()
+    shares = (_nearest(points, centres, weight).sum(dim=0) / weight.sum()).tolist()
     swatches = (Swatch((r, g, b), share) for (r, g, b), share in zip(rgb, shares, strict=True) if share > 0)
     return sorted(swatches, key=lambda swatch: -swatch.share)
+
+
+def _nearest(points: Tensor, centres: Tensor, weight: Tensor) -> Tensor:
+    """(N, K): the weight of each point in the column of its nearest centre."""
+    return F.one_hot(torch.cdist(points, centres).argmin(dim=1), len(centres)) * weight[:, None]
 
 
 @dataclass(frozen=True)
