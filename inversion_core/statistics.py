@@ -11,12 +11,16 @@ input) whatever the input's dtype, the variance in two passes, and always as pop
 of the weights), so that soft masks and regions of one pixel are well defined. A standard deviation is never smaller
 than `eps`: a flat region is moved to the reference's mean, and nothing is divided by zero.
 
-Nothing here waits for the device, except `require_nonempty_mask`, which a caller uses once when a mask comes in.
+Whole distributions are matched in two steps: `fit_transport` finds the map between two sets of weighted points, and
+the map is then applied to as many points as wanted. So one map can serve all frames of a video, and a picture of any
+size is changed piece by piece.
+
+The statistics of channels never wait for the device. `require_nonempty_mask` and `fit_transport` do.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -195,3 +199,249 @@ def align_mask(mask: Tensor, x: Tensor, *, layout: Layout) -> Tensor:
             "resize the mask or connect the one that belongs to this data"
         )
     return view
+
+
+# --- matching of whole distributions ---------------------------------------------------------------------------------
+
+Method = Literal["adain", "mkl", "wct", "histogram", "sliced_ot"]
+
+COLOUR_EPS = 1e-3
+"""Smallest standard deviation of a matched channel or direction: the rounding noise of 8-bit pictures (1/255/sqrt 12).
+
+What is flatter is noise, and is not stretched to the reference's contrast by more than the reference's deviation / eps.
+"""
+
+_ROTATIONS = 12
+_PARTICLES = 8192
+
+
+class Samples(NamedTuple):
+    """Points of a distribution: `values` (C, N) and their weights (N,), not negative and not all 0; one float dtype."""
+
+    values: Tensor
+    weight: Tensor
+
+
+class Transport(Protocol):
+    """Moves points (C, ...) of the source's distribution to where the reference's has them; same shape and dtype."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+def samples(x: Tensor, mask: Tensor | None = None) -> Samples:
+    """All points of `x` (C, ...) in float32 (float64 for float64), weighted by `mask` (...) if there is one.
+
+    Raises:
+        ValueError: the mask has another shape than the points.
+    """
+    if mask is not None and mask.shape != x.shape[1:]:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)} but the data {tuple(x.shape)} needs {tuple(x.shape[1:])}: "
+            "resize the mask or connect the one that belongs to this data"
+        )
+    values = x.flatten(1).to(statistics_dtype(x.dtype))
+    weight = values.new_ones(values.shape[1]) if mask is None else mask.flatten().to(values)
+    return Samples(values, weight)
+
+
+def fit_transport(method: Method, source: Samples, reference: Samples, *, eps: float = COLOUR_EPS) -> Transport:
+    """The map that carries the source's distribution to the reference's.
+
+    Args:
+        method: what of the distributions is matched:
+            `"adain"`: mean and standard deviation of each channel (Huang and Belongie, arXiv 1703.06868);
+            `"mkl"`: mean and covariance by the linear Monge-Kantorovich map, which moves colours least (Pitie and
+            Kokaram 2007, "The linear Monge-Kantorovitch linear colour mapping for example-based colour transfer");
+            `"wct"`: mean and covariance by whitening and colouring (Li et al., arXiv 1705.08086);
+            `"histogram"`: the whole distribution of each channel, as scikit-image's `match_histograms` does it;
+            `"sliced_ot"`: the whole joint distribution, channel by channel along random axes (Pitie et al. 2007,
+            "Automated colour grading using colour distribution transfer"), without its regrain step.
+        source, reference: points of as many channels.
+        eps: smallest standard deviation, in the units of the data. A flat source goes to the reference's mean with
+            every method.
+
+    Raises:
+        ValueError: an unknown method, channels that differ, or weights that are all zero.
+    """
+    if source.values.shape[0] != reference.values.shape[0]:
+        raise ValueError(
+            f"the source has {source.values.shape[0]} channels but the reference {reference.values.shape[0]}: "
+            "both must come from the same colour space or the same VAE"
+        )
+    for name, found in (("source", source), ("reference", reference)):
+        if not bool((found.weight > 0).any()):
+            raise ValueError(
+                f"the mask of the {name} is empty: paint the region that counts, or leave the mask unconnected"
+            )
+    if method == "adain":
+        return _fit_adain(source, reference, eps)
+    if method in ("mkl", "wct"):
+        return _fit_covariance(method, source, reference, eps)
+    if method == "histogram":
+        return _fit_histogram(source, reference)
+    if method == "sliced_ot":
+        return _fit_sliced(source, reference)
+    raise ValueError(f"method is {method!r}, allowed are {', '.join(get_args(Method))}")
+
+
+class _Affine(NamedTuple):
+    """`matrix (x - from_mean) + to_mean`; a matrix (C, 1) is a scale for each channel."""
+
+    matrix: Tensor
+    from_mean: Tensor
+    to_mean: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        flat = x.flatten(1).to(self.matrix.dtype)
+        if self.matrix.shape[1] == 1:
+            moved = torch.addcmul(self.to_mean - self.matrix * self.from_mean, flat, self.matrix)
+        else:
+            moved = torch.addmm(self.to_mean - self.matrix @ self.from_mean, self.matrix, flat)
+        return moved.view(x.shape).to(x.dtype)
+
+
+def _fit_adain(source: Samples, reference: Samples, eps: float) -> Transport:
+    (mean, std), (mean_ref, std_ref) = (
+        channel_statistics(one.values.T[None], one.weight[None], layout="tokens", eps=eps)
+        for one in (source, reference)
+    )
+    return _Affine(*(column[0].T for column in (std_ref / std, mean, mean_ref)))
+
+
+def _fit_covariance(method: Method, source: Samples, reference: Samples, eps: float) -> Transport:
+    # C x C matrices: float64 on the CPU costs nothing, and not every device has float64 or an eigensolver.
+    (mean, cov), (mean_ref, cov_ref) = (_moments(one, eps) for one in (source, reference))
+    root, whiten = _power(cov, 0.5), _power(cov, -0.5)
+    coloured = _power(cov_ref, 0.5) if method == "wct" else whiten @ _power(root @ cov_ref @ root, 0.5)
+    matrix = coloured @ whiten
+    return _Affine(matrix.to(source.values), mean, mean_ref)
+
+
+def _moments(found: Samples, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean (C, 1) and covariance (C, C), the latter in float64 on the CPU with `eps` squared on its diagonal.
+
+    The same on both sides leaves the map between equal distributions the identity, and keeps a direction without
+    spread, such as that across the two tones of a striped object, from being stretched.
+    """
+    weight = found.weight / found.weight.sum()
+    mean = (found.values * weight).sum(dim=1, keepdim=True)
+    centred = found.values - mean
+    cov = ((centred * weight) @ centred.T).cpu().double()
+    return mean, cov + eps**2 * torch.eye(cov.shape[0], dtype=cov.dtype)
+
+
+def _power(matrix: Tensor, exponent: float) -> Tensor:
+    """A power of a symmetric positive definite matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(torch.finfo(values.dtype).tiny) ** exponent) @ vectors.T
+
+
+class _Curve(NamedTuple):
+    """A rising map of one channel through points `x` -> `y`; beyond them it goes on with slope 1."""
+
+    x: Tensor
+    y: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        inside = x.clamp(self.x[0], self.x[-1])
+        return _interpolate(inside, self.x, self.y) + (x - inside)
+
+
+class _Curves(NamedTuple):
+    """One curve a channel, along the axes that are the rows of `axes` (C, C); None: the channels themselves."""
+
+    curves: tuple[_Curve, ...]
+    axes: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        flat = x.flatten(1).to(self.curves[0].x.dtype)
+        along = flat if self.axes is None else self.axes @ flat
+        moved = torch.stack([curve(row.contiguous()) for curve, row in zip(self.curves, along, strict=True)])
+        back = moved if self.axes is None else self.axes.T @ moved
+        return back.view(x.shape).to(x.dtype)
+
+
+class _Chain(NamedTuple):
+    steps: tuple[Transport, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+def _fit_histogram(source: Samples, reference: Samples) -> _Curves:
+    return _Curves(
+        tuple(
+            _curve(x, source.weight, y, reference.weight) for x, y in zip(source.values, reference.values, strict=True)
+        )
+    )
+
+
+def _curve(x: Tensor, weight: Tensor, y: Tensor, weight_ref: Tensor) -> _Curve:
+    """The rising map between two weighted distributions of one channel.
+
+    scikit-image's convention: a value stands for the share of everything up to and with it, and shares between two of
+    the reference's are interpolated. Unlike there, a source of a single value goes to the reference's mean, not to its
+    largest value.
+    """
+    values, levels = _distribution(x, weight)
+    if values.numel() == 1:
+        return _Curve(values, ((y * weight_ref).sum() / weight_ref.sum())[None])
+    values_ref, levels_ref = _distribution(y, weight_ref)
+    return _Curve(values, _interpolate(levels, levels_ref, values_ref))
+
+
+def _distribution(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The values that have weight, rising and each once, and the share of the weight up to and with each."""
+    inside = weight > 0
+    values, place = x[inside].unique(return_inverse=True)
+    mass = torch.zeros_like(values).index_add_(0, place, weight[inside])
+    levels = mass.cumsum(0)
+    return values, levels / levels[-1]
+
+
+def _interpolate(x: Tensor, known: Tensor, value: Tensor) -> Tensor:
+    """`numpy.interp`: piecewise linear through (known, value), constant beyond; `known` rises."""
+    if known.numel() == 1:
+        return value.expand_as(x)
+    right = torch.searchsorted(known, x).clamp(1, known.numel() - 1)
+    left = right - 1
+    start, width = known[left], known[right] - known[left]
+    share = ((x - start) / torch.where(width > 0, width, torch.ones_like(width))).clamp(0, 1)
+    return torch.lerp(value[left], value[right], share)
+
+
+def _fit_sliced(source: Samples, reference: Samples) -> Transport:
+    source, reference = thinned(source, _PARTICLES), thinned(reference, _PARTICLES)
+    channels = source.values.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    axes = torch.eye(channels, dtype=torch.float64)
+    steps, moved = [], source.values
+    for _ in range(_ROTATIONS):
+        turned = axes.to(moved)
+        step = _fit_histogram(
+            Samples(turned @ moved, source.weight), Samples(turned @ reference.values, reference.weight)
+        )
+        steps.append(step._replace(axes=turned))
+        moved = steps[-1](moved)
+        axes, _ = torch.linalg.qr(torch.randn(channels, channels, generator=generator, dtype=torch.float64))
+    return _Chain(tuple(steps))
+
+
+def thinned(found: Samples, count: int) -> Samples:
+    """At most `count` of the points with weight, evenly spread over their order; the same for the same input."""
+    inside = (found.weight > 0).nonzero().flatten()
+    if inside.numel() > count:
+        inside = inside[spread(inside.numel(), count).to(inside.device)]
+    return Samples(found.values[:, inside], found.weight[inside])
+
+
+def spread(total: int, count: int) -> Tensor:
+    """`count` of the indices 0 to total - 1, rising: one drawn from each of `count` equal intervals, always alike.
+
+    Drawn, because a fixed stride would always meet the same columns of a picture.
+    """
+    generator = torch.Generator().manual_seed(0)
+    draw = torch.rand(count, generator=generator, dtype=torch.float64)
+    return ((torch.arange(count) + draw) * (total / count)).long().clamp_max(total - 1)

@@ -1,0 +1,33 @@
+"""A MASK as the core wants it for a batch of pictures."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def picture_mask(mask: Tensor | None, pictures: Tensor, name: str) -> Tensor | None:
+    """A MASK for pictures (B, H, W, C) as (1 or B, H, W), resized if it has their shape.
+
+    Raises:
+        ValueError: the mask is empty, has another aspect ratio, or fits neither one nor all of the pictures.
+    """
+    if mask is None:
+        return None
+    flat = mask.reshape(-1, *mask.shape[-2:]).float()
+    count, height, width = pictures.shape[:3]
+    if not bool((flat > 0).any()):
+        raise ValueError(
+            f"{name} ({flat.shape[2]}x{flat.shape[1]}) is empty: paint the object (Open in MaskEditor on Load Image), "
+            "or disconnect the mask to use the whole picture"
+        )
+    if flat.shape[0] not in (1, count):
+        raise ValueError(f"{name} is a batch of {flat.shape[0]}, but there are {count} pictures: give it 1 or {count}")
+    if tuple(flat.shape[1:]) == (height, width):
+        return flat
+    if not 0.97 < (flat.shape[2] * height) / (flat.shape[1] * width) < 1.03:
+        raise ValueError(
+            f"{name} is {flat.shape[2]}x{flat.shape[1]} but the picture is {width}x{height}, another shape: connect "
+            "the mask that belongs to this picture"
+        )
+    return F.interpolate(flat[:, None], size=(height, width), mode="bilinear", antialias=True)[:, 0].clamp(0, 1)
