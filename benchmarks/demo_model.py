@@ -53,7 +53,7 @@ def measure(steps: int, cfg: float, sheet: Path | None) -> dict[str, float]:
     }
 
 
-def _right(verdict, factors: list[world.Factors], name: str) -> list[bool]:  # noqa: ANN001
+def _right(verdict, factors: list[world.Factors], name: str) -> list[bool]:
     return [found == world.value(f, name) for found, f in zip(getattr(verdict, name), factors, strict=True)]
 
 

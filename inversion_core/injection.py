@@ -43,7 +43,7 @@ class Injection:
         shape_window: when shape is injected.
         feature_strength: share of the shape reference in the decoder features that enter the feature blocks.
         mask: (1, 1, h, w) in [0, 1], 1 where the output is edited; any size, resized to each site; None: everywhere.
-        sites: which self-attentions; None means the host's default for this model family.
+        sites: which self-attentions: those of the decoder (as published methods do), all, or the ones named.
         feature_blocks: decoder blocks whose incoming features the shape replaces; None means the host's default.
         rows: edit every row of the batch, or only those of the positive prompt.
     """
@@ -55,7 +55,7 @@ class Injection:
     shape_window: Window = field(default_factory=Window)
     feature_strength: float = 1.0
     mask: Tensor | None = None
-    sites: frozenset[Site] | None = None
+    sites: frozenset[Site] | Literal["decoder", "all"] = "decoder"
     feature_blocks: frozenset[int] | None = None
     rows: Literal["all", "positive"] = "all"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..inversion_core.attention import AttentionEdit
+from ..inversion_core.hosts.comfy_unet import attach
 from ..inversion_core.injection import Injection, Window
 from .host import output_mask
 from .sockets import Reference
@@ -35,7 +36,14 @@ class KVInjection(io.ComfyNode):
                 _share("start_percent", 0.0, "Where in the sampling the appearance begins to be read."),
                 _share("end_percent", 1.0, "Where it ends. Below 0.6 little of the texture survives."),
                 _share("shape_strength", 1.0, "How closely the layout follows the shape reference."),
-                _share("shape_end_percent", 0.6, "Where the shape is let go; later keeps the outline tighter."),
+                _share("shape_end_percent", 0.8, "Where the shape is let go; later keeps the outline tighter."),
+                io.Combo.Input(
+                    "sites",
+                    options=["decoder", "all"],
+                    default="decoder",
+                    tooltip="Which self-attentions read the references. 'decoder' as published methods do; 'all' holds "
+                    "shape and texture tighter, and wants masks on both references.",
+                ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
@@ -46,7 +54,7 @@ class KVInjection(io.ComfyNode):
         )
 
     @classmethod
-    def execute(  # noqa: ANN206
+    def execute(
         cls,
         model,
         appearance,
@@ -55,20 +63,19 @@ class KVInjection(io.ComfyNode):
         end_percent,
         shape_strength,
         shape_end_percent,
-        shape=None,  # noqa: ANN001
-        mask=None,  # noqa: ANN001
+        sites,
+        shape=None,
+        mask=None,
     ) -> io.NodeOutput:
-        from ..inversion_core.hosts.comfy_unet import attach
-
         keep = shape_strength if shape is not None else 0.0
-        edit = AttentionEdit(reference="replace", shape_query=keep, strength=strength)
         injection = Injection(
-            edit,
+            AttentionEdit(reference="replace", shape_query=keep, strength=strength),
             appearance=appearance,
             window=Window(start_percent, end_percent),
             shape=shape,
             shape_window=Window(0.0, shape_end_percent),
             feature_strength=keep,
             mask=output_mask(mask),
+            sites=sites,
         )
         return io.NodeOutput(attach(model, injection))

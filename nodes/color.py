@@ -75,7 +75,7 @@ class AdaINColorMatch(io.ComfyNode):
         )
 
     @classmethod
-    def execute(  # noqa: ANN206
+    def execute(
         cls,
         image,
         reference,
@@ -86,8 +86,8 @@ class AdaINColorMatch(io.ComfyNode):
         feather,
         frames,
         frame,
-        mask=None,  # noqa: ANN001
-        reference_mask=None,  # noqa: ANN001
+        mask=None,
+        reference_mask=None,
     ) -> io.NodeOutput:
         match = ColorMatch(method, SPACES[space], strength, keep_luminance, feather, FRAMES[frames], frame)
         mask = picture_mask(mask, image, "the mask")
@@ -137,7 +137,7 @@ class AdaINColorGuidance(io.ComfyNode):
         )
 
     @classmethod
-    def execute(  # noqa: ANN206
+    def execute(
         cls,
         model,
         reference,
@@ -146,7 +146,7 @@ class AdaINColorGuidance(io.ComfyNode):
         start_percent,
         end_percent,
         ramp,
-        mask=None,  # noqa: ANN001
+        mask=None,
     ) -> io.NodeOutput:
         from ..inversion_core.hosts.comfy_color import ColorGuidance, attach
 

@@ -44,5 +44,5 @@ class EncodeReference(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, image, vae, noise_seed, mask=None, conditioning=None) -> io.NodeOutput:  # noqa: ANN001
+    def execute(cls, image, vae, noise_seed, mask=None, conditioning=None) -> io.NodeOutput:
         return io.NodeOutput(encode_reference(image, vae, mask, conditioning, noise_seed))

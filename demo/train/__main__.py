@@ -46,7 +46,7 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _stage(name, device, steps):  # noqa: ANN001, ANN202
+def _stage(name, device, steps):
     overrides = {} if steps is None else {"steps": steps}
     if name == "autoencoder":
         from .autoencoder import AutoencoderStage as Stage

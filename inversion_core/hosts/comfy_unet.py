@@ -512,7 +512,9 @@ def _fit_grid(tokens: int, size: Grid) -> Grid:
 
 
 def _chosen(injection: Injection, site: Site) -> bool:
-    return site.block == "output" if injection.sites is None else site in injection.sites
+    if injection.sites == "all":
+        return True
+    return site.block == "output" if injection.sites == "decoder" else site in injection.sites
 
 
 def _length(parts: Sequence[Tensor]) -> int:

@@ -52,6 +52,7 @@ def injected(reference: str, **inputs: Any) -> dict[str, Node]:
         "end_percent": 1.0,
         "shape_strength": 1.0,
         "shape_end_percent": 0.6,
+        "sites": "decoder",
     }
     graph["inject"] = node(
         "ShapeAppearanceKVInjection", **{"model": ["demo", 0], "appearance": ["encode", 0], **values, **inputs}
