@@ -16,6 +16,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -169,7 +170,7 @@ def measure(file: Path) -> Figures:
     figures: Figures = {"round_trip": {"milliseconds_1024": round_trip}}
     for name, run in tqdm(methods().items(), desc="methods"):
         after = np.array([case.error(run(case.picture, case.reference, case.mask, case.mask_ref)) for case in cases])
-        spent = milliseconds(lambda run=run: run(*large, everywhere, everywhere))
+        spent = milliseconds(partial(run, large[0], large[1], everywhere, everywhere))
         figures[name] = {
             "delta_e_before": float(before.mean()),
             "delta_e_after": float(after.mean()),
@@ -252,8 +253,9 @@ def measure_guidance() -> Figures:
             found = mask_iou(judge.look(picture).mask[0], mask)
             result = picture[0].numpy()
             inside = truth.mask > 0.5
-            means = (np.broadcast_to(i[inside].mean(0), (1, 1, 3)) for i in (result, truth.image))
-            results[name].append((found, delta_e(result, truth.image, truth.mask), delta_e(*means, np.ones((1, 1)))))
+            own, true = (np.broadcast_to(i[inside].mean(0), (1, 1, 3)) for i in (result, truth.image))
+            means = delta_e(own, true, np.ones((1, 1)))
+            results[name].append((found, delta_e(result, truth.image, truth.mask), means))
     names = ("shape_iou", "delta_e", "delta_e_of_mean_colour")
     return {name: dict(zip(names, map(float, np.mean(rows, axis=0)), strict=True)) for name, rows in results.items()}
 

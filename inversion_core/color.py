@@ -1,7 +1,8 @@
 """Colours of pictures matched to a reference's, inside soft masks; and palettes, to see what was matched.
 
 Pictures are channel-last, (B, H, W, 3 or 4), sRGB in [0, 1]; masks (1 or B, H, W) in [0, 1]. A fourth channel is
-alpha: it is passed on as it is, and where it is 0 nothing is measured or changed. Colour spaces are kornia's.
+alpha: it is passed on as it is, and where it is 0 nothing is measured or changed. Colour spaces are kornia's, which is
+imported where it is used: it takes seconds, and ComfyUI's start must not wait for it.
 
 Pictures are worked through in small pieces, on any device, so that beside the result only a fixed amount of memory is
 needed whatever their number and size, and so that a piece stays in the processor's cache.
@@ -15,8 +16,6 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
-from kornia.color import lab_to_rgb, linear_rgb_to_rgb, rgb_to_lab, rgb_to_linear_rgb
-from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
 from .statistics import Method, Samples, Transport, fit_transport, spread, statistics_dtype
@@ -72,11 +71,15 @@ class ColorMatch:
 
 def to_space(rgb: Tensor, space: Space) -> Tensor:
     """sRGB (..., 3, H, W) in [0, 1] -> linear RGB, or CIELAB (D65) divided by 100 so that both have like units."""
+    from kornia.color import rgb_to_lab, rgb_to_linear_rgb
+
     return rgb_to_linear_rgb(rgb) if space == "linear_rgb" else rgb_to_lab(rgb) / _LAB_UNIT
 
 
 def to_rgb(colours: Tensor, space: Space) -> Tensor:
     """The inverse of `to_space`; not clipped to [0, 1]."""
+    from kornia.color import lab_to_rgb, linear_rgb_to_rgb
+
     return linear_rgb_to_rgb(colours) if space == "linear_rgb" else lab_to_rgb(colours * _LAB_UNIT, clip=False)
 
 
@@ -261,6 +264,8 @@ def feathered(mask: Tensor, width: int) -> Tensor:
     if reach == 0:
         return mask
     side = 2 * reach + 1
+    from kornia.filters import gaussian_blur2d
+
     blurred = gaussian_blur2d(mask.float()[None, None], (side, side), (sigma, sigma), border_type="replicate")[0, 0]
     return mask * (2 * blurred - 1).clamp(0, 1)
 

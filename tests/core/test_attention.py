@@ -163,7 +163,9 @@ def test_random_mixtures_equal_the_oracle(
     mask_out = case.mask_out if with_mask_out else None
     actual = case.run(edit, mask_out=mask_out)
     assert actual.dtype == dtype and actual.shape == case.own.q.shape
-    assert_close(actual, case.expected(edit, mask_out), scale=edit.contrast * max(1, edit.temperature))
+    # Masks and biases are float32 whatever the tokens are, so float64 is only as exact as they are.
+    scale = edit.contrast * max(1, edit.temperature) * (1e4 if dtype == torch.float64 else 1)
+    assert_close(actual, case.expected(edit, mask_out), scale=scale)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)

@@ -65,7 +65,7 @@ def test_position_size_and_rotation_vary_and_the_object_stays_in_the_picture() -
         coverage = world.mask(world.sample(seed, shapes=tuple(world.SHAPES)))
         assert coverage.sum() > 0.03 * coverage.size
         cut = coverage[0].sum() + coverage[-1].sum() + coverage[:, 0].sum() + coverage[:, -1].sum()
-        assert cut < 4, "more than a tip lies outside the picture"
+        assert cut < 0.03 * 4 * world.SIZE, "more than a tip lies outside the picture"
 
 
 def test_prompts_and_values_name_the_factors() -> None:

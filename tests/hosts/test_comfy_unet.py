@@ -45,7 +45,7 @@ FINE = Site("output", 3, 0)
 """A self-attention of the demo model on the latent's own grid, 16x16."""
 VISIBLE = 1e-3
 """The least largest change, in latents of unit variance, that counts as one; rounding is a hundred times smaller."""
-ROUNDING = {"atol": 2e-5, "rtol": 1e-4}
+ROUNDING: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
 
 A, B = Reference(random(1, 4, 16, 16, seed=1)), Reference(random(1, 4, 12, 20, seed=2))
 BOTH = Injection(AttentionEdit(shape_query=1.0), B, shape=A, shape_window=Window(0.0, 0.6))
@@ -466,8 +466,8 @@ class OtherPack:
         """As IPAdapter and others do it: heads from `n_heads`, and the width of one from `dim_head`."""
         self.calls += 1
         b, heads, width = q.shape[0], extra["n_heads"], extra["dim_head"]
-        split = (x.view(b, -1, heads, width).transpose(1, 2) for x in (q, k, v))
-        out = nn.functional.scaled_dot_product_attention(*split)
+        q, k, v = (x.view(b, -1, heads, width).transpose(1, 2) for x in (q, k, v))
+        out = nn.functional.scaled_dot_product_attention(q, k, v)
         return out.transpose(1, 2).reshape(b, -1, heads * width) * self.gain
 
     def on(self, model: Patcher, hook: str) -> Patcher:
