@@ -9,10 +9,7 @@ from ..inversion_core.hosts.comfy_unet import attach
 from ..inversion_core.injection import Injection, Window
 from .host import output_mask
 from .sockets import Reference
-
-
-def _share(name: str, default: float, tooltip: str) -> io.Float.Input:
-    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
+from .widgets import share
 
 
 class KVInjection(io.ComfyNode):
@@ -32,11 +29,11 @@ class KVInjection(io.ComfyNode):
                 io.Model.Input("model", tooltip="An SD1.x, SD2.x or SDXL model, or the demo model."),
                 Reference.Input("appearance", tooltip="Whose colours and textures the result takes."),
                 Reference.Input("shape", optional=True, tooltip="Whose outline and layout the result keeps."),
-                _share("strength", 1.0, "How much of both is injected. 0 is exactly the model without this node."),
-                _share("start_percent", 0.0, "Where in the sampling the appearance begins to be read."),
-                _share("end_percent", 1.0, "Where it ends. Below 0.6 little of the texture survives."),
-                _share("shape_strength", 1.0, "How closely the layout follows the shape reference."),
-                _share("shape_end_percent", 0.8, "Where the shape is let go; later keeps the outline tighter."),
+                share("strength", 1.0, "How much of both is injected. 0 is exactly the model without this node."),
+                share("start_percent", 0.0, "Where in the sampling the appearance begins to be read."),
+                share("end_percent", 1.0, "Where it ends. Below 0.6 little of the texture survives."),
+                share("shape_strength", 1.0, "How closely the layout follows the shape reference."),
+                share("shape_end_percent", 0.8, "Where the shape is let go; later keeps the outline tighter."),
                 io.Combo.Input(
                     "sites",
                     options=["decoder", "all"],

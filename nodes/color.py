@@ -15,6 +15,7 @@ from .color_preview import preview_sheet
 from .host import output_mask
 from .picture_mask import picture_mask
 from .sockets import Reference
+from .widgets import share
 
 SPACES: dict[str, Space] = {"CIELAB": "lab", "linear RGB": "linear_rgb"}
 FRAMES: dict[str, Frames] = {"per image": "each", "one for all": "all", "from one frame": "one"}
@@ -22,10 +23,6 @@ _METHODS = (
     "mkl: mean and covariance, colours move least. adain: mean and contrast of each channel. wct: mean and covariance "
     "by whitening. histogram: each channel's whole distribution. sliced_ot: the joint distribution; slowest."
 )
-
-
-def _share(name: str, default: float, tooltip: str) -> io.Float.Input:
-    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
 
 
 class AdaINColorMatch(io.ComfyNode):
@@ -47,7 +44,7 @@ class AdaINColorMatch(io.ComfyNode):
                 io.Mask.Input("reference_mask", optional=True, tooltip="What of the reference is measured."),
                 io.Combo.Input("method", options=list(get_args(Method)), default="mkl", tooltip=_METHODS),
                 io.Combo.Input("space", options=list(SPACES), default="CIELAB", tooltip="Where colours are matched."),
-                _share("strength", 1.0, "0 is exactly the image that was put in."),
+                share("strength", 1.0, "0 is exactly the image that was put in."),
                 io.Boolean.Input(
                     "keep_luminance", default=False, tooltip="Only hue and chroma change; light and dark stay."
                 ),
@@ -90,8 +87,10 @@ class AdaINColorMatch(io.ComfyNode):
         reference_mask=None,
     ) -> io.NodeOutput:
         match = ColorMatch(method, SPACES[space], strength, keep_luminance, feather, FRAMES[frames], frame)
-        mask = picture_mask(mask, image, "the mask")
-        reference_mask = picture_mask(reference_mask, reference, "the reference mask")
+        if mask is not None:
+            mask = picture_mask(mask, image, "the mask")
+        if reference_mask is not None:
+            reference_mask = picture_mask(reference_mask, reference, "the reference mask")
         bar = comfy.utils.ProgressBar(image.shape[0])
         device = comfy.model_management.get_torch_device()
         result = match_pictures(
@@ -118,9 +117,9 @@ class AdaINColorGuidance(io.ComfyNode):
                 io.Model.Input("model", tooltip="Any latent image or video model."),
                 Reference.Input("reference", tooltip="Whose colours are taken, inside its mask."),
                 io.Combo.Input("method", options=list(get_args(Method)), default="adain", tooltip=_METHODS),
-                _share("strength", 1.0, "At its largest. 0 is exactly the model without this node."),
-                _share("start_percent", 0.2, "Where in the sampling it begins; before 0.2 there is little to match."),
-                _share("end_percent", 0.95, "Where it ends, so that the model itself finishes the picture."),
+                share("strength", 1.0, "At its largest. 0 is exactly the model without this node."),
+                share("start_percent", 0.2, "Where in the sampling it begins; before 0.2 there is little to match."),
+                share("end_percent", 0.95, "Where it ends, so that the model itself finishes the picture."),
                 io.Combo.Input(
                     "ramp",
                     options=["constant", "rising", "falling"],

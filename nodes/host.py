@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..inversion_core.reference import Reference
+from .picture_mask import picture_mask
 
 
 def embedding_folders() -> list[str]:
@@ -29,29 +30,9 @@ def single_image(image: Tensor, name: str) -> Tensor:
 
 
 def reference_mask(mask: Tensor, image: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A MASK for an IMAGE as a mask on the latent's grid: (1, 1, h, w) in [0, 1].
-
-    A mask of another size is resized to the picture, as ComfyUI's own mask nodes do, if it has the picture's shape.
-
-    Raises:
-        ValueError: the mask is empty, holds several masks, or has another aspect ratio than the picture.
-    """
-    flat = mask.reshape(-1, 1, *mask.shape[-2:]).float()
-    height, width = image.shape[1:3]
-    if flat.shape[0] != 1:
-        raise ValueError(f"the mask is a batch of {flat.shape[0]}, but a reference needs one: pick one of them")
-    if not bool((flat > 0).any()):
-        raise ValueError(
-            f"the mask ({mask.shape[-1]}x{mask.shape[-2]}) is empty, so nothing of the reference could be read: paint "
-            "the object (Open in MaskEditor on Load Image), or disconnect the mask to read the whole picture"
-        )
-    ratio = (mask.shape[-1] * height) / (mask.shape[-2] * width)
-    if not 0.97 < ratio < 1.03:
-        raise ValueError(
-            f"the mask is {mask.shape[-1]}x{mask.shape[-2]} but the picture is {width}x{height}, another shape: "
-            "connect the mask that belongs to this picture"
-        )
-    return F.interpolate(flat, size=grid, mode="area").clamp(0, 1)
+    """A MASK for one picture on the latent's grid: (1, 1, h, w) in [0, 1]; errors as of `picture_mask`."""
+    fitted = picture_mask(mask, image, "the mask")
+    return F.interpolate(fitted[:, None], size=grid, mode="area").clamp(0, 1)
 
 
 def encode_reference(image: Tensor, vae: Any, mask: Tensor | None, conditioning: Any, seed: int) -> Reference:

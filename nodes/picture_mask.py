@@ -6,14 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def picture_mask(mask: Tensor | None, pictures: Tensor, name: str) -> Tensor | None:
+def picture_mask(mask: Tensor, pictures: Tensor, name: str) -> Tensor:
     """A MASK for pictures (B, H, W, C) as (1 or B, H, W), resized if it has their shape.
 
     Raises:
         ValueError: the mask is empty, has another aspect ratio, or fits neither one nor all of the pictures.
     """
-    if mask is None:
-        return None
     flat = mask.reshape(-1, *mask.shape[-2:]).float()
     count, height, width = pictures.shape[:3]
     if not bool((flat > 0).any()):
@@ -22,7 +20,10 @@ def picture_mask(mask: Tensor | None, pictures: Tensor, name: str) -> Tensor | N
             "or disconnect the mask to use the whole picture"
         )
     if flat.shape[0] not in (1, count):
-        raise ValueError(f"{name} is a batch of {flat.shape[0]}, but there are {count} pictures: give it 1 or {count}")
+        raise ValueError(
+            f"{name} is a batch of {flat.shape[0]}, but one, or one for each picture ({count}), is needed: "
+            "pick one of them"
+        )
     if tuple(flat.shape[1:]) == (height, width):
         return flat
     if not 0.97 < (flat.shape[2] * height) / (flat.shape[1] * width) < 1.03:
