@@ -9,6 +9,7 @@ import comfy.utils
 from comfy_api.latest import io, ui
 
 from ..inversion_core.color import ColorMatch, Frames, Space, match_pictures
+from ..inversion_core.hosts.comfy_color import ColorGuidance, attach
 from ..inversion_core.injection import Window
 from ..inversion_core.statistics import Method
 from .color_preview import preview_sheet
@@ -147,8 +148,6 @@ class AdaINColorGuidance(io.ComfyNode):
         ramp,
         mask=None,
     ) -> io.NodeOutput:
-        from ..inversion_core.hosts.comfy_color import ColorGuidance, attach
-
         window = Window(start_percent, end_percent)
         guidance = ColorGuidance(reference, method, strength, window, ramp, output_mask(mask))
         return io.NodeOutput(attach(model, guidance))

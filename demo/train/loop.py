@@ -71,7 +71,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return recipe.learning_rate * (0.5 + 0.5 * math.cos(math.pi * min(1.0, progress)))
 
 
-def train(stage: Stage, runs: Path, *, save_every_s: float = 120.0, export_on_save: bool = True) -> None:
+def train(stage: Stage, runs: Path, *, save_every_s: float = 120.0) -> None:
     """Run the stage to its last step, resuming from `runs/<name>/state.pt` if it is there."""
     recipe, folder = stage.recipe, runs / stage.recipe.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,8 +109,7 @@ def train(stage: Stage, runs: Path, *, save_every_s: float = 120.0, export_on_sa
             bar.write(line)
             with (folder / "curve.log").open("a", encoding="utf-8") as curve:
                 curve.write(line + "\n")
-            if last or export_on_save:
-                averaged.apply(stage.export)
+            averaged.apply(stage.export)
     bar.close()
 
 

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..injection import Window
+from ..reference import Reference
+
 
 class HostError(RuntimeError):
     """A model or a reference that the host cannot work with; the message says which and what to do."""
+
+
+def require_channels(reference: Reference, channels: int, model: str) -> None:
+    """Raise HostError if a reference's latent has not the channels of the model's latents."""
+    found = reference.latent.shape[1]
+    if found != channels:
+        raise HostError(
+            f"the reference has {found} latent channels, but this model ({model}) works with {channels}: "
+            "encode it with the VAE that belongs to this model"
+        )
+
+
+def inside(sampling: Any, window: Window, sigma: float) -> bool:
+    """Whether a sigma lies in a window of sampling percent, as ComfyUI counts it for conditionings.
+
+    `sampling` has ComfyUI's `percent_to_sigma`.
+    """
+    start, end = (float(sampling.percent_to_sigma(percent)) for percent in (window.start, window.end))
+    return end < sigma <= start
 
 
 class Grid(NamedTuple):

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..injection import Window
 from ..reference import Reference
 from ..statistics import Method, Samples, fit_transport, samples
-from .base import HostError
+from .base import HostError, inside, require_channels
 
 KEY = "shape_and_appearance_color"
 LATENT_EPS = 1e-3
@@ -72,13 +72,7 @@ def attach(model: comfy.model_patcher.ModelPatcher, guidance: ColorGuidance) -> 
     Raises:
         HostError: the reference has another number of latent channels than the model.
     """
-    channels = model.model.latent_format.latent_channels
-    found = guidance.reference.latent.shape[1]
-    if found != channels:
-        raise HostError(
-            f"the reference has {found} latent channels, but this model ({type(model.model).__name__}) works with "
-            f"{channels}: encode it with the VAE that belongs to this model"
-        )
+    require_channels(guidance.reference, model.model.latent_format.latent_channels, type(model.model).__name__)
     clone = model.clone()
     if guidance.strength == 0:
         return clone
@@ -142,10 +136,8 @@ class _Run:
 
     def matched(self, denoised: Tensor, sigma: Tensor) -> Tensor:
         """The predicted clean latent (B, C, ...positions), matched if the step lies inside the window."""
-        window, level = self.guidance.window, float(sigma.flatten()[0])
-        sampling = self.base.model_sampling
-        start, end = (float(sampling.percent_to_sigma(percent)) for percent in (window.start, window.end))
-        if not end < level <= start:
+        level, sampling = float(sigma.flatten()[0]), self.base.model_sampling
+        if not inside(sampling, self.guidance.window, level):
             return denoised
         strength = self.guidance.strength_at(_percent(sampling, level))
         if strength == 0:

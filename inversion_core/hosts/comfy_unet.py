@@ -26,7 +26,7 @@ from torch import Tensor
 from ..attention import AttentionEdit, ReferenceTokens, Tokens, edited_attention
 from ..injection import Injection, Site, Window
 from ..reference import Reference, ReferenceBank
-from .base import Crop, Grid, HostError, map_to_tokens, mask_to_tokens, tokens_to_map
+from .base import Crop, Grid, HostError, inside, map_to_tokens, mask_to_tokens, require_channels, tokens_to_map
 
 KEY = "shape_and_appearance"
 BANK_BYTES = 1 << 30
@@ -52,13 +52,8 @@ def attach(model: comfy.model_patcher.ModelPatcher, injection: Injection) -> com
             "this host carries out replace, extend and the shape's queries and keys, but neither qk_stats nor "
             f"reference='normalise' (the edit is {injection.edit}): leave them out"
         )
-    channels = model.model.latent_format.latent_channels
     for reference in injection.references:
-        if reference.latent.shape[1] != channels:
-            raise HostError(
-                f"the reference has {reference.latent.shape[1]} latent channels, but this model works with {channels}: "
-                "encode it with the VAE that belongs to this model"
-            )
+        require_channels(reference, model.model.latent_format.latent_channels, type(model.model).__name__)
     clone = model.clone()
     if injection.neutral:
         return clone
@@ -116,12 +111,11 @@ class _Call:
 
 @dataclass
 class _Part:
-    """One injection's share of a call: the active edit and where its tokens begin among q and k."""
+    """One injection's share of a call: the active edit and where its tokens begin (the shape's: among q, among k)."""
 
     injection: Injection
     edit: AttentionEdit
-    shape_query_at: int | None = None
-    shape_key_at: int | None = None
+    shape_at: tuple[int, int] | None = None
     appearance_at: int | None = None
     appearance_tokens: int = 0
     mask_ref: Tensor | None = None
@@ -203,7 +197,7 @@ class _Run:
         self, base: Any, reference: Reference | None, window: Window, sigma: float, like: Tensor
     ) -> dict[Any, Tensor] | None:
         """The reference's hidden states at this sigma, from the bank or from one pass; None outside the window."""
-        if reference is None or not _inside(base, window, sigma):
+        if reference is None or not inside(base.model_sampling, window, sigma):
             return None
         key = (*_identity(reference), sigma)
         states = self.bank.get(key)
@@ -303,11 +297,11 @@ class _Run:
                 tokens = torch.cat(
                     [self._fitted(shape, site, grid, r).to(n).expand(r.stop - r.start, -1, -1) for r in rows]
                 )
-                part.shape_query_at, part.shape_key_at = _length(queries), _length(keys)
+                part.shape_at = _length(queries), _length(keys)
                 queries.append(tokens)
                 keys.append(tokens)
                 values.append(tokens)
-            if appearance is not None and (edit.reference != "none" or edit.qk_stats):
+            if appearance is not None and edit.reference != "none":
                 tokens = map_to_tokens(appearance[site]).to(n).expand(n.shape[0], -1, -1)
                 part.appearance_at, part.appearance_tokens = _length(keys), tokens.shape[1]
                 part.mask_ref = self._reference_mask(injection, Grid(*appearance[site].shape[-2:]), n.device)
@@ -349,8 +343,8 @@ class _Run:
         if injection.rows == "positive" and not rows.positive:
             return attend(*mine, None)
         edit, shape, references = part.edit, None, []
-        if part.shape_query_at is not None and part.shape_key_at is not None:
-            queries, keys = (slice(start, start + call.tokens) for start in (part.shape_query_at, part.shape_key_at))
+        if part.shape_at is not None:
+            queries, keys = (slice(start, start + call.tokens) for start in part.shape_at)
             shape = Tokens(q[at, :, queries], k[at, :, keys], v[at, :, keys])
         if part.appearance_at is not None:
             span = slice(part.appearance_at, part.appearance_at + part.appearance_tokens)
@@ -358,7 +352,7 @@ class _Run:
         out = edited_attention(edit, mine, references, shape=shape, attend=attend)
         if references and injection.shape is not None and injection.shape.mask is not None:
             # The appearance goes where the shape's object is; around it only the layout is kept.
-            around = replace(edit, reference="none", qk_stats=False)
+            around = replace(edit, reference="none")
             layout = edited_attention(around, mine, shape=shape, attend=attend)
             out = torch.lerp(layout, out, self._mask(injection.shape.mask, call, rows, out))
         if injection.mask is not None:
@@ -486,12 +480,6 @@ class _Replacement:
 def _identity(reference: Reference) -> tuple[str, int]:
     """Equal for references that look the same to the model, whatever their masks: they share the bank's entries."""
     return reference.content, id(reference.conditioning)
-
-
-def _inside(base: Any, window: Window, sigma: float) -> bool:
-    """Whether a sigma lies in a window of sampling percent, as ComfyUI counts it for conditionings."""
-    start, end = (float(base.model_sampling.percent_to_sigma(percent)) for percent in (window.start, window.end))
-    return end < sigma <= start
 
 
 def _site(extra: Options) -> Site:
