@@ -2,11 +2,12 @@
 
 64 withheld pairs of the demo world: the true composition is rendered, its object recoloured (by another colour's
 tones, by a curve for each channel, or by a coloured light that mixes channels), and matched back to the picture the
-appearance came from. CIEDE2000 against the truth, inside the object. Times are CPU time of one thread, so that what
-else the machine does matters little; `round_trip` is kornia's RGB -> CIELAB -> RGB of as many pixels.
+appearance came from. CIEDE2000 against the truth, inside the object. Times are CPU time of one thread, each taken in
+turns with kornia's RGB -> CIELAB -> RGB of as many pixels, and medians.
 
-``--guidance`` measures AdaIN Color Guidance on the demo model instead (needs ComfyUI and the model's weights), and
-``--video`` the memory that 300 frames of 720p take.
+``--video`` adds the memory that 300 frames of 720p take, ``--guidance`` what AdaIN Color Guidance does on the demo
+model (needs ComfyUI); with ``--only`` nothing else is measured, and what FILE holds of the rest is kept. ``--docs``
+writes FILE's tables into docs/color.md.
 """
 
 from __future__ import annotations
@@ -28,11 +29,15 @@ from skimage.exposure import match_histograms
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.color_tables import write_tables
 from demo import world
 from inversion_core.color import ColorMatch, match_pictures
 from inversion_core.statistics import Method
 
 PAIRS = 64
+GUIDED_PAIRS = 12
+"""How many of the pairs are sampled for the guidance: half a minute each on one core."""
+ROUNDS = 5
 FIRST_SEED = 300_000
 """Disjoint from training (seeds of a million and up) and from the other benchmarks."""
 KINDS = ("colour", "curves", "light")
@@ -157,8 +162,8 @@ def methods() -> dict[str, Run]:
     return found | {name: core(run) for name, run in CORE_LIKE.items()}
 
 
-def measure(file: Path) -> Figures:
-    """Every method; the file is written after each, for a full run takes a while."""
+def measure(keep: Callable[[Figures], None]) -> None:
+    """Every method; `keep` is called after each, for a full run takes a while."""
     cases = [Case(i) for i in range(PAIRS)]
     before = np.array([case.error(case.picture) for case in cases])
     kinds = np.array([case.kind for case in cases])
@@ -166,32 +171,33 @@ def measure(file: Path) -> Figures:
     large = [_eight_bits(noise.uniform(0, 1, (1024, 1024, 3))) for _ in range(2)]
     everywhere = torch.ones(1, 1024, 1024)
     planes = large[0].movedim(-1, 1).contiguous()
-    round_trip = milliseconds(lambda: lab_to_rgb(rgb_to_lab(planes)))
-    figures: Figures = {"round_trip": {"milliseconds_1024": round_trip}}
     for name, run in tqdm(methods().items(), desc="methods"):
         after = np.array([case.error(run(case.picture, case.reference, case.mask, case.mask_ref)) for case in cases])
-        spent = milliseconds(partial(run, large[0], large[1], everywhere, everywhere))
-        figures[name] = {
+        spent, round_trip = milliseconds(
+            partial(run, large[0], large[1], everywhere, everywhere), lambda: lab_to_rgb(rgb_to_lab(planes))
+        )
+        figures = {
             "delta_e_before": float(before.mean()),
             "delta_e_after": float(after.mean()),
             "fall": float(1 - after.mean() / before.mean()),
             **{f"fall_{kind}": float(1 - after[kinds == kind].mean() / before[kinds == kind].mean()) for kind in KINDS},
             "milliseconds_1024": spent,
-            "round_trips_1024": spent / round_trip,
+            "round_trip_milliseconds_1024": round_trip,
         }
-        _write(file, figures)
-        print(f"{name:>28} {figures[name]['delta_e_after']:6.2f} {figures[name]['fall']:6.1%} {spent:8.0f} ms")
-    return figures
+        keep({name: figures})
+        tqdm.write(f"{name:>28} {after.mean():6.2f} {figures['fall']:6.1%} {spent:6.0f} ms, {spent / round_trip:.2f}")
 
 
-def milliseconds(run: Callable[[], object]) -> float:
-    """CPU time of the faster of two runs, one thread."""
+def milliseconds(*runs: Callable[[], object]) -> list[float]:
+    """Median CPU time of each, one thread, taken in turns so that what else the machine does strikes all alike."""
     times = []
-    for _ in range(2):
-        start = time.process_time()
-        run()
-        times.append(time.process_time() - start)
-    return min(times) * 1000
+    for _ in range(ROUNDS):
+        times.append([])
+        for run in runs:
+            start = time.process_time()
+            run()
+            times[-1].append(time.process_time() - start)
+    return (np.median(times, axis=0) * 1000).tolist()
 
 
 def measure_video(frames: int = 300) -> Figures:
@@ -202,13 +208,15 @@ def measure_video(frames: int = 300) -> Figures:
     video = torch.rand(1, 720, 1280, 3).expand(frames, -1, -1, -1)  # one frame in memory, whatever the number
     reference = torch.rand(1, 720, 1280, 3) ** 2
     start, peak = process.memory_info().rss, 0
-
-    def watch(done: int, total: int) -> None:
-        nonlocal peak
-        peak = max(peak, process.memory_info().rss)
-
     clock = time.perf_counter()
-    result = match_pictures(video, reference, match=ColorMatch("mkl", "lab", frames="all"), progress=watch)
+    with tqdm(total=frames, desc="frames") as bar:
+
+        def watch(done: int, total: int) -> None:
+            nonlocal peak
+            peak = max(peak, process.memory_info().rss)
+            bar.update()
+
+        result = match_pictures(video, reference, match=ColorMatch("mkl", "lab", frames="all"), progress=watch)
     size = result.numel() * result.element_size()
     return {
         "frames": frames,
@@ -226,23 +234,21 @@ def measure_guidance() -> Figures:
     from demo.generate import generate
     from demo.judge import Judge
     from demo.model import load_demo_model
-    from inversion_core.attention import AttentionEdit
     from inversion_core.hosts import comfy_color, comfy_unet
-    from inversion_core.injection import Injection
     from inversion_core.metrics import mask_iou
+    from inversion_core.presets import PRESETS
 
     demo, judge = load_demo_model(), Judge.load()
     results: dict[str, list[tuple[float, float, float]]] = {"injection": [], "injection + guidance": []}
-    for index in tqdm(range(PAIRS), desc="pairs"):
+    for index in tqdm(range(GUIDED_PAIRS), desc="pairs"):
         seed = FIRST_SEED + 2 * index
         a = world.sample(seed, shapes=world.WITHHELD_SHAPES, textures=world.TEXTURES)
         b = world.sample(seed + 1, textures=world.TRAINED_TEXTURES)
         truth = world.render(world.compose(a, b, a))
         mask = torch.from_numpy(truth.mask)
         shape, appearance = (_reference(demo.vae, world.render(one)) for one in (a, b))
-        edit = AttentionEdit(reference="replace", shape_query=1.0)
-        injection = Injection(edit, appearance=appearance, shape=shape, mask=mask[None, None])
-        injected = comfy_unet.attach(demo.model, injection)
+        injections = PRESETS["default"].injections([appearance], shape)
+        injected = comfy_unet.attach(demo.model, *injections)
         guidance = comfy_color.ColorGuidance(appearance, mask=mask[None, None])
         for name, model in (
             ("injection", injected),
@@ -257,7 +263,8 @@ def measure_guidance() -> Figures:
             means = delta_e(own, true, np.ones((1, 1)))
             results[name].append((found, delta_e(result, truth.image, truth.mask), means))
     names = ("shape_iou", "delta_e", "delta_e_of_mean_colour")
-    return {name: dict(zip(names, map(float, np.mean(rows, axis=0)), strict=True)) for name, rows in results.items()}
+    means = {name: dict(zip(names, map(float, np.mean(rows, axis=0)), strict=True)) for name, rows in results.items()}
+    return {"pairs": GUIDED_PAIRS, **means}
 
 
 def _reference(vae: Any, rendered: world.Rendered) -> Any:
@@ -268,27 +275,31 @@ def _reference(vae: Any, rendered: world.Rendered) -> Any:
     return Reference(latent, torch.nn.functional.interpolate(mask, size=latent.shape[-2:], mode="area"))
 
 
-def _write(file: Path, figures: Figures) -> None:
-    file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.color", description=__doc__)
-    parser.add_argument("--json", type=Path, required=True, help="where to write the figures")
-    parser.add_argument("--guidance", action="store_true", help="measure the guidance on the demo model instead")
-    parser.add_argument("--video", action="store_true", help="measure the memory for 300 frames of 720p instead")
+    parser.add_argument("--json", type=Path, required=True, help="where the figures are kept")
+    parser.add_argument("--video", action="store_true", help="measure the memory for 300 frames of 720p too")
+    parser.add_argument("--guidance", action="store_true", help="measure the guidance on the demo model too")
+    parser.add_argument("--only", action="store_true", help="not the methods; FILE's other figures stay")
+    parser.add_argument("--docs", action="store_true", help="write the tables into docs/color.md")
     options = parser.parse_args()
+    file: Path = options.json
+    figures: Figures = json.loads(file.read_text(encoding="utf-8")) if options.only and file.exists() else {}
+
+    def keep(found: Figures) -> None:
+        figures.update(found)
+        file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+    torch.set_num_threads(1)
     with torch.inference_mode():
+        if options.video:  # first, while no memory lies about that others have given back
+            keep({"video": measure_video()})
+        if not options.only:
+            measure(keep)
         if options.guidance:
-            figures = measure_guidance()
-        elif options.video:
-            figures = measure_video()
-        else:
-            torch.set_num_threads(1)
-            figures = measure(options.json)
-    _write(options.json, figures)
-    for name, found in figures.items():
-        print(name, found)
+            keep({"guidance": measure_guidance()})
+    if options.docs:
+        write_tables(figures)
 
 
 if __name__ == "__main__":

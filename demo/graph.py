@@ -50,19 +50,28 @@ def without_mask(graph: Graph, title: str) -> Graph:
     """Cuts the mask links that come from the LoadImage node with this title.
 
     For a picture without alpha LoadImage yields an empty mask, which would mean "no object", not "the whole picture".
+    What works inside a mask only goes with it.
     """
     link = [node_titled(graph, title), _MASK_OUTPUT]
     edited = copy.deepcopy(graph)
     for node in edited.values():
-        node["inputs"] = {
-            name: value for name, value in node["inputs"].items() if not (name == "mask" and value == link)
-        }
+        inputs = node["inputs"]
+        if inputs.get("mask") == link:
+            del inputs["mask"]
+            if "flatten" in inputs:
+                inputs["flatten"] = 0.0
     return edited
 
 
 def with_checkpoint(graph: Graph, checkpoint: str) -> Graph:
-    """Loads this checkpoint instead of the demo model; both loaders give MODEL, CLIP and VAE in this order."""
+    """Loads this checkpoint instead of the demo model; both loaders give MODEL, CLIP and VAE in this order.
+
+    The demo world's shapes are outlines; real ones have folds and features inside, which are not flattened away.
+    """
     edited = copy.deepcopy(graph)
+    for node in edited.values():
+        if "flatten" in node["inputs"]:
+            node["inputs"]["flatten"] = 0.0
     model = edited[node_titled(graph, "Model")]
     model["class_type"] = "CheckpointLoaderSimple"
     model["inputs"] = {"ckpt_name": checkpoint}

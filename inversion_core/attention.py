@@ -18,9 +18,10 @@ tokens; statistics are float32 (float64 for float64 input); every plain attentio
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -45,8 +46,9 @@ None; returns (B, H, Nq, D). It must scale by `1/sqrt(D)` of the D it receives, 
 ReferenceMode = Literal["none", "replace", "extend", "normalise"]
 ContrastForm = Literal["exact", "linear"]
 
-CONTRAST_CHUNK_BYTES = 16 * 2**20
-"""Largest score matrix of exact contrast; two of that size exist at once. One row of queries is the least it takes."""
+CONTRAST_CHUNK_BYTES = {"cpu": 2**20, "accelerator": 16 * 2**20}
+"""Largest score matrix of exact contrast; two of that size exist at once. One row of queries is the least it takes. On
+an accelerator small ones would cost more in launches than they save."""
 
 _MASKED_SCORE = -(2.0**15)
 """`q.k` of a key that may not be read, before the scaling: exact and finite in float16, weight exactly 0."""
@@ -302,6 +304,24 @@ def attention_weighted_adain(
     return _blend(h, edited.to(h.dtype), strength, mask_out)
 
 
+def reading_map(q: Tensor, k: Tensor) -> Tensor:
+    """How much of the attention each key receives: the mean of `softmax(q.k / sqrt(D))` over heads and queries.
+
+    Args:
+        q: (B, H, N, D).
+        k: (B, H, N_ref, D).
+
+    Returns:
+        (B, N_ref), summing to 1; memory is linear in the tokens.
+    """
+    dtype = statistics_dtype(q.dtype)
+    total = k.new_zeros((k.shape[0], k.shape[2]), dtype=dtype)
+    keys = k.to(dtype).transpose(-2, -1)
+    for part in q.split(_chunk(q, keys), dim=2):
+        total += ((part.to(dtype) / math.sqrt(q.shape[-1])) @ keys).softmax(dim=-1).sum(dim=(1, 2))
+    return total / (q.shape[1] * q.shape[2])
+
+
 def _edited(
     edit: AttentionEdit, own: Tokens, references: Sequence[ReferenceTokens], shape: Tokens | None, attend: Attend
 ) -> Tensor:
@@ -312,7 +332,7 @@ def _edited(
     if (reads or edit.qk_stats) and not references:
         wanted = f"reference={edit.reference!r}" if reads else "qk_stats=True"
         raise ValueError(f"{wanted} needs at least one reference but got none: pass references, or an edit without it")
-    references = [r for r in references if r.strength > 0]
+    references = [_without_hidden(r) for r in references if r.strength > 0]
     has_own = edit.reference != "replace" or not references
     if edit.qk_stats and references:
         target_q, target_k = _reference_statistics(references, q.shape[0])
@@ -339,6 +359,15 @@ def _with_shape(x: Tensor, share: float, field: str, shape: Tensor | None) -> Te
         raise ValueError(f"{field} is {share} but there is no shape reference: pass shape tokens or set {field} to 0")
     shape = shape.to(x.dtype).expand_as(x)
     return shape if share == 1 else torch.lerp(x, shape, share)
+
+
+def _without_hidden(reference: ReferenceTokens) -> ReferenceTokens:
+    """The reference with 0 for all that may not be read, so that nothing of it, NaN included, can reach the output."""
+    if reference.mask is None:
+        return reference
+    hidden = (reference.mask <= 0)[:, None, :, None]
+    q = None if reference.q is None else reference.q.masked_fill(hidden, 0)
+    return replace(reference, k=reference.k.masked_fill(hidden, 0), v=reference.v.masked_fill(hidden, 0), q=q)
 
 
 def _reference_statistics(references: Sequence[ReferenceTokens], b: int) -> tuple[ChannelStatistics, ChannelStatistics]:
@@ -372,23 +401,16 @@ class _Source(NamedTuple):
 
 
 def _join(sources: Sequence[_Source], q: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys and values (B, H, Nk, D) side by side, and their bias (B or 1, Nk), None where it is constant.
-
-    Keys and values that may not be read become 0, so that nothing of them, NaN included, can reach the output.
-    """
+    """Keys and values (B, H, Nk, D) side by side, and their bias (B or 1, Nk), None where it is constant."""
     keys, values, biases = [], [], []
     constant = all(source.bias == sources[0].bias for source in sources)
+    plain = constant and all(source.mask is None for source in sources)
     for k, v, mask, shared in sources:
-        shared = 0.0 if constant else shared
-        bias = torch.zeros(1, k.shape[2], device=k.device, dtype=statistics_dtype(q.dtype))
-        if mask is not None:
-            hidden = align_mask(mask, k.expand(q.shape[0], -1, -1, -1), layout="tokens") <= 0
-            k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
-            bias = _log_weight(mask, bias.dtype)
-        biases.append(bias + shared)
+        if not plain:
+            own = torch.ones(1, k.shape[2], device=k.device) if mask is None else mask
+            biases.append(_log_weight(own, statistics_dtype(q.dtype)) + (0.0 if constant else shared))
         keys.append(k.to(q.dtype).expand(q.shape[0], -1, -1, -1))
         values.append(v.to(q.dtype).expand(q.shape[0], -1, -1, -1))
-    plain = constant and all(source.mask is None for source in sources)
     return _concatenate(keys, dim=2), _concatenate(values, dim=2), None if plain else _concatenate(biases, dim=1)
 
 
@@ -417,24 +439,31 @@ def _attend_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, tempera
 def _attend_contrast(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, temperature: float, contrast: float
 ) -> Tensor:
-    """`clip(s * (A - U) + U, 0, 1) v`, exactly, CONTRAST_CHUNK_BYTES of scores at a time."""
+    """`clip(s * (A - U) + U, 0, 1) v`, exactly, at most CONTRAST_CHUNK_BYTES of scores at a time."""
     dtype = statistics_dtype(q.dtype)
-    rows = q.shape[0] * q.shape[1] * k.shape[2] * dtype.itemsize
-    chunk = max(1, CONTRAST_CHUNK_BYTES // max(1, rows))
-    keys = k.to(dtype).transpose(-2, -1)
-    additive = None if bias is None else _finite(bias).to(dtype)[:, None, None]
-    offset = (contrast - 1) / k.shape[2] if additive is None else additive.softmax(dim=-1) * (contrast - 1)
+    additive = None if bias is None else _finite(bias).to(dtype).expand(q.shape[0], -1)
     scale = temperature / math.sqrt(q.shape[-1])
-    outputs = []
-    for part in q.split(chunk, dim=2):
-        scores = (part.to(dtype) * scale) @ keys
-        if additive is not None:
-            scores = scores + additive
-        weights = scores.softmax(dim=-1)
-        del scores
-        weights = (weights * contrast).sub_(offset).clamp_(0, 1)
-        outputs.append(weights.to(v.dtype) @ v)
-    return _concatenate(outputs, dim=2)
+    out = v.new_empty((*q.shape[:3], v.shape[3]))
+    # Head by head: all that is held besides the output are one head's keys and two pieces of its map.
+    for b, h in itertools.product(range(q.shape[0]), range(q.shape[1])):
+        keys = k[b, h].to(dtype).T
+        offset = (contrast - 1) / k.shape[2] if additive is None else additive[b].softmax(dim=-1) * (contrast - 1)
+        step = _chunk(q, keys)
+        for piece in (slice(start, start + step) for start in range(0, q.shape[2], step)):
+            scores = (q[b, h, piece].to(dtype) * scale) @ keys
+            if additive is not None:
+                scores = scores + additive[b]
+            weights = scores.softmax(dim=-1)
+            del scores
+            weights = (weights * contrast).sub_(offset).clamp_(0, 1)
+            out[b, h, piece] = weights.to(v.dtype) @ v[b, h]
+    return out
+
+
+def _chunk(q: Tensor, keys: Tensor) -> int:
+    """How many queries (..., D) at a time keep their scores against keys (..., D, Nk) within the device's limit."""
+    limit = CONTRAST_CHUNK_BYTES["cpu" if q.device.type == "cpu" else "accelerator"]
+    return max(1, limit // max(1, math.prod(keys.shape[:-2]) * keys.shape[-1] * keys.dtype.itemsize))
 
 
 def _uniform_read(v: Tensor, bias: Tensor | None) -> Tensor:

@@ -18,22 +18,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .statistics import Method, Samples, Transport, fit_transport, spread, statistics_dtype
+from .statistics import COLOUR_EPS, Method, Samples, Transport, fit_transport, spread, statistics_dtype
 
 Space = Literal["linear_rgb", "lab"]
 Frames = Literal["each", "all", "one"]
 Progress = Callable[[int, int], None]
 
-SAMPLES = 1 << 18
-"""Pixels of each side that a match is measured in at most: a whole picture of 512x512.
+SAMPLES = 1 << 16
+"""Pixels of each side that a match is measured in at most: a whole picture of 256x256.
 
-Of more, that many are drawn evenly: a mean is then off by about 1/500 of the deviation, which nobody sees, and the
-measuring costs a fraction of the conversion that every pixel needs.
+Of more, that many are drawn evenly: a mean is then off by about 1/256 of the deviation at most, less than the step
+between two 8-bit values, and the measuring costs a fraction of the conversion that every pixel needs.
 """
 
-_PIECE = {"cpu": 8192}
+_PIECE, _PIECE_PER_THREAD = 1 << 16, 1 << 14
 _PIECE_ELSEWHERE = 1 << 21
-_LAB_UNIT = 100.0
+_UNIT: dict[Space, float] = {"linear_rgb": 1.0, "lab": 100.0}
+"""From black to white, in which the smallest deviation that counts is given."""
 
 
 @dataclass(frozen=True)
@@ -70,17 +71,17 @@ class ColorMatch:
 
 
 def to_space(rgb: Tensor, space: Space) -> Tensor:
-    """sRGB (..., 3, H, W) in [0, 1] -> linear RGB, or CIELAB (D65) divided by 100 so that both have like units."""
+    """sRGB (..., 3, H, W) in [0, 1] -> linear RGB in [0, 1], or CIELAB (D65, L from 0 to 100)."""
     from kornia.color import rgb_to_lab, rgb_to_linear_rgb
 
-    return rgb_to_linear_rgb(rgb) if space == "linear_rgb" else rgb_to_lab(rgb) / _LAB_UNIT
+    return rgb_to_linear_rgb(rgb) if space == "linear_rgb" else rgb_to_lab(rgb)
 
 
 def to_rgb(colours: Tensor, space: Space) -> Tensor:
     """The inverse of `to_space`; not clipped to [0, 1]."""
     from kornia.color import lab_to_rgb, linear_rgb_to_rgb
 
-    return linear_rgb_to_rgb(colours) if space == "linear_rgb" else lab_to_rgb(colours * _LAB_UNIT, clip=False)
+    return linear_rgb_to_rgb(colours) if space == "linear_rgb" else lab_to_rgb(colours, clip=False)
 
 
 def match_pictures(
@@ -155,7 +156,7 @@ def palette(picture: Tensor, mask: Tensor | None = None, count: int = 6) -> list
     centres = points[weight.argmax()][None]
     for _ in range(count - 1):  # farthest first: the same palette for the same picture
         distance = torch.cdist(points, centres).amin(dim=1)
-        if distance.amax() * _LAB_UNIT < 2:  # what is closer looks the same
+        if distance.amax() < 2:  # what is closer looks the same
             break
         centres = torch.cat([centres, points[distance.argmax()][None]])
     for _ in range(20):
@@ -213,7 +214,8 @@ class _Work:
                     "mask to use the whole picture"
                 )
         assert source is not None and reference is not None
-        return fit_transport(self.match.method, source, reference)
+        eps = COLOUR_EPS * _UNIT[self.match.space]
+        return fit_transport(self.match.method, source, reference, eps=eps)
 
     def change(self, picture: Tensor, mask: Tensor | None, transport: Transport | None, out: Tensor) -> None:
         """Write the changed picture (H, W, 3 or 4) to `out`, piece by piece."""
@@ -222,18 +224,22 @@ class _Work:
             return
         pixels, target = picture.flatten(0, 1), out.flatten(0, 1)
         share = self.share(picture, mask)
-        size = _PIECE.get(self.device.type, _PIECE_ELSEWHERE)
+        size = _piece(self.device)
         for start in range(0, pixels.shape[0], size):
-            piece = pixels[start : start + size]
+            piece, result = pixels[start : start + size], target[start : start + size]
+            if share is not None and not share[start : start + size].amax() > 0:
+                result.copy_(piece)
+                continue
             before = _planes(piece, self.device)
             after = self.matched(before, transport).to(before.dtype)
             if share is None:
-                after = torch.lerp(before, after, self.match.strength)
+                after = after if self.match.strength == 1 else torch.lerp(before, after, self.match.strength)
             else:
                 weight = share[start : start + size].to(before)
                 after = torch.where(weight > 0, torch.lerp(before, after, weight), before)
-            target[start : start + size, :3] = after[:, 0].T.to(target)
-            target[start : start + size, 3:] = piece[:, 3:]
+            for channel in range(3):  # one by one: three times as fast as all at once, transposed
+                result[:, channel] = after[channel, 0]
+            result[:, 3:] = piece[:, 3:]
 
     def matched(self, rgb: Tensor, transport: Transport) -> Tensor:
         """Planes (3, 1, N) of sRGB, matched, in [0, 1]."""
@@ -242,7 +248,7 @@ class _Work:
         if self.match.keep_luminance:
             luminance, chroma = to_space(rgb, "lab")[:1], to_space(after, "lab")[1:]
             after = to_rgb(torch.cat([luminance, chroma]), "lab")
-        return after.clamp(0, 1)
+        return after.clamp_(0, 1)
 
     def share(self, picture: Tensor, mask: Tensor | None) -> Tensor | None:
         """How much of each pixel (H * W,) is changed; None: all of them alike, by `strength`."""
@@ -282,8 +288,8 @@ def _measured(pictures: Tensor, mask: Tensor | None, space: Space, device: torch
         places = None if weight is None else (weight > 0).nonzero().flatten()
         total = pixels.shape[0] if places is None else places.numel()
         if total > quota:
-            chosen = spread(total, quota).to(pixels.device)
-            places = chosen if places is None else places[chosen.to(places.device)]
+            chosen = spread(total, quota, pixels.device if places is None else places.device)
+            places = chosen if places is None else places[chosen]
         if places is not None:
             pixels = pixels[places.to(pixels.device)]
             weight = None if weight is None else weight[places.to(weight.device)]
@@ -295,7 +301,7 @@ def _measured(pictures: Tensor, mask: Tensor | None, space: Space, device: torch
 
 def _colours(pixels: Tensor, space: Space, device: torch.device) -> Tensor:
     """Pixels (N, 3 or 4) -> their colours (3, N) in the space, converted piece by piece."""
-    size = _PIECE.get(device.type, _PIECE_ELSEWHERE)
+    size = _piece(device)
     colours = torch.empty(3, pixels.shape[0], device=device, dtype=statistics_dtype(pixels.dtype))
     for start in range(0, pixels.shape[0], size):
         planes = _planes(pixels[start : start + size], device)
@@ -303,10 +309,17 @@ def _colours(pixels: Tensor, space: Space, device: torch.device) -> Tensor:
     return colours
 
 
+def _piece(device: torch.device) -> int:
+    """How many pixels are worked on at once: on a processor, as many as fit its cache yet occupy all its threads."""
+    if device.type != "cpu":
+        return _PIECE_ELSEWHERE
+    return max(_PIECE, torch.get_num_threads() * _PIECE_PER_THREAD)
+
+
 def _planes(pixels: Tensor, device: torch.device) -> Tensor:
     """Pixels (N, 3 or 4) -> planes (3, 1, N), as kornia wants them."""
     colours = pixels[:, :3].to(device, statistics_dtype(pixels.dtype))
-    return colours.T.contiguous()[:, None]
+    return torch.stack(colours.unbind(1))[:, None]  # twice as fast as `.T.contiguous()`
 
 
 def _require_pictures(pictures: Tensor, name: str) -> None:

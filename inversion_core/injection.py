@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from torch import Tensor
 
 from .attention import AttentionEdit
 from .reference import Reference
-
-
-class Site(NamedTuple):
-    """One self-attention, in the host's own words: ``("output", 3, 0)`` is output block 3, first transformer block."""
-
-    block: str
-    number: int
-    index: int
 
 
 @dataclass(frozen=True)
@@ -37,30 +29,34 @@ class Injection:
 
     Attributes:
         edit: what happens to each chosen self-attention.
-        appearance: whose keys and values are read; None leaves appearance alone.
+        appearance: whose keys and values are read, each with its mask and strength; none leaves appearance alone.
         window: when appearance is injected.
+        sites: which self-attentions read the appearance, as rules of `sites.select`.
         shape: whose queries, keys and decoder features give the layout; None leaves shape alone.
         shape_window: when shape is injected.
-        feature_strength: share of the shape reference in the decoder features that enter the feature blocks.
+        shape_sites: which self-attentions take the shape's queries and keys; None means the same as `sites`.
+        feature_strength: 0 to 1, share of the shape reference in the features that leave the decoder's first block
+            with self-attention (block 3 of SD1.5: Plug-and-Play, arXiv 2211.12572; block 0 of SDXL: Ctrl-X).
         mask: (1, 1, h, w) in [0, 1], 1 where the output is edited; any size, resized to each site; None: everywhere.
-        sites: which self-attentions: those of the decoder (as published methods do), all, or the ones named.
-        feature_blocks: decoder blocks whose incoming features the shape replaces; None means the host's default.
         rows: edit every row of the batch, or only those of the positive prompt.
+
+    Raises:
+        ValueError: no reference, a share outside its range, an empty mask.
     """
 
     edit: AttentionEdit
-    appearance: Reference | None = None
+    appearance: tuple[Reference, ...] = ()
     window: Window = field(default_factory=Window)
+    sites: str = "decoder"
     shape: Reference | None = None
     shape_window: Window = field(default_factory=Window)
+    shape_sites: str | None = None
     feature_strength: float = 1.0
     mask: Tensor | None = None
-    sites: frozenset[Site] | Literal["decoder", "all"] = "decoder"
-    feature_blocks: frozenset[int] | None = None
     rows: Literal["all", "positive"] = "all"
 
     def __post_init__(self) -> None:
-        if self.appearance is None and self.shape is None:
+        if not self.references:
             raise ValueError("an injection needs an appearance reference, a shape reference or both, but got neither")
         if not 0 <= self.feature_strength <= 1:
             raise ValueError(f"feature_strength is {self.feature_strength}, but it must be between 0 and 1")
@@ -73,7 +69,7 @@ class Injection:
     @property
     def references(self) -> tuple[Reference, ...]:
         """The references this injection reads."""
-        return tuple(reference for reference in (self.appearance, self.shape) if reference is not None)
+        return self.appearance if self.shape is None else (*self.appearance, self.shape)
 
     @property
     def neutral(self) -> bool:
@@ -81,9 +77,9 @@ class Injection:
         return self.edit.strength == 0
 
     def at(self, appearance: bool, shape: bool) -> AttentionEdit | None:
-        """The edit with only those references that are at work now; None if nothing is left to do."""
+        """The edit with only those references that are at work; None if nothing is left to do."""
         edit = self.edit
-        if not appearance or self.appearance is None:
+        if not appearance or not self.appearance:
             edit = replace(edit, reference="none", qk_stats=False)
         if not shape or self.shape is None:
             edit = replace(edit, shape_query=0.0, shape_key=0.0)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .color import to_space
+from .features import FeatureError, FeatureExtractor, Features, self_similarity
 
 PATCHES = ((5, 1), (5, 2), (5, 4))
 """Side of a patch in pixels, and how many times the picture is shrunk before patches are cut: detail to layout."""
@@ -57,6 +62,128 @@ def appearance_score(result: Tensor, truth: Tensor, source: Tensor, mask: Tensor
     if start == 0:
         raise ValueError("source and truth look the same inside the mask: there is no appearance to score")
     return 1 - appearance_distance(result, truth, mask, mask) / start
+
+
+def self_similarity_distance(a: Features, b: Features) -> float:
+    """Mean squared difference of the keys' self-similarities, CLS included where there is one: 0 = the same layout.
+
+    Splice's structure loss (arXiv 2201.00424) if the features are those of the last block of DINO ViT-B/8 at 224 x 224;
+    tables call it "DINO self-sim", such as Ctrl-X's (arXiv 2406.07540).
+
+    Args:
+        a, b: of one picture each, on the same grid.
+
+    Raises:
+        ValueError: the grids differ, or there are several pictures.
+    """
+    if a.grid != b.grid or a.tokens.shape[0] != 1 or b.tokens.shape[0] != 1:
+        raise ValueError(
+            f"the features are {a.tokens.shape[0]} x {a.grid} and {b.tokens.shape[0]} x {b.grid}: resize one picture "
+            "to the other's size, and compare them one by one"
+        )
+    with_cls = a.cls_key is not None
+    return float(F.mse_loss(self_similarity(a, with_cls=with_cls), self_similarity(b, with_cls=with_cls)))
+
+
+def cls_similarity(a: Features, b: Features) -> float:
+    """Cosine similarity of the CLS tokens after the last LayerNorm: 1 = the same appearance (tables: "DINO-I").
+
+    Raises:
+        FeatureError: the backbone has no CLS token.
+    """
+    if a.cls_normed is None or b.cls_normed is None:
+        raise FeatureError("this backbone has no CLS token to compare: choose one that has, such as DINO's")
+    return float(F.cosine_similarity(a.cls_normed.float(), b.cls_normed.float(), dim=1).mean())
+
+
+def color_difference(a: Tensor, b: Tensor, mask_a: Tensor | None = None, mask_b: Tensor | None = None) -> float:
+    """Distance of the mean colours inside the masks in CIELAB (CIE 1976 Delta E: about 2.3 is just seen).
+
+    Args:
+        a, b: pictures (3, H, W) in [0, 1], sRGB; their sizes may differ.
+        mask_a, mask_b: (H, W) in [0, 1] for each; None: the whole picture.
+
+    Raises:
+        ValueError: a mask is empty.
+    """
+    means = []
+    for picture, mask in ((a, mask_a), (b, mask_b)):
+        weight = torch.ones(picture.shape[1:]) if mask is None else mask.float().cpu()
+        if not bool((weight > 0).any()):
+            raise ValueError("the mask is empty: there are no colours to compare")
+        lab = to_space(picture.float().cpu()[None], "lab")[0]
+        means.append((lab * weight).sum((1, 2)) / weight.sum())
+    return float((means[0] - means[1]).norm())
+
+
+@dataclass(frozen=True)
+class CompositionScore:
+    """How well a result joins the shape of one picture and the appearance of another.
+
+    Attributes:
+        backbone, block, size: what saw the pictures; block counted from 0, size as in `FeatureExtractor`.
+        self_similarity_distance: of result and shape picture; smaller is better.
+        cls_similarity: of result and appearance picture, at most 1; None if the backbone has no CLS token.
+        mask_iou: of the result's and the shape picture's masks, 0 to 1; None unless both were given.
+        color_difference: of result and appearance picture, inside their masks; smaller is better.
+    """
+
+    backbone: str
+    block: int
+    size: int
+    self_similarity_distance: float
+    cls_similarity: float | None
+    mask_iou: float | None
+    color_difference: float
+
+
+def composition_score(
+    extractor: FeatureExtractor,
+    result: Tensor,
+    shape: Tensor,
+    appearance: Tensor,
+    *,
+    result_mask: Tensor | None = None,
+    shape_mask: Tensor | None = None,
+    appearance_mask: Tensor | None = None,
+    block: int = -1,
+    size: int | None = None,
+) -> CompositionScore:
+    """Score a result against the two pictures it was made from.
+
+    Args:
+        extractor: Splice's is `dino-vitb8`, its last block, at its own size.
+        result, shape, appearance: pictures (3, H, W) in [0, 1]. The shape picture is resized to the result's size.
+        result_mask, shape_mask, appearance_mask: (H, W) in [0, 1], where the object is in each. Without its own mask,
+            the result's colours are measured where the shape picture has its object.
+        block, size: see `FeatureExtractor`.
+
+    Raises:
+        ValueError: a mask is empty.
+    """
+    fitted = _resized(shape, result)
+    seen = {
+        name: extractor(picture[None], block=block, size=size)
+        for name, picture in (("result", result), ("shape", fitted), ("appearance", appearance))
+    }
+    goal = None if shape_mask is None else _resized(shape_mask[None], result)[0]
+    own = None if result_mask is None else _resized(result_mask[None], result)[0]
+    return CompositionScore(
+        extractor.name,
+        block % extractor.depth,
+        extractor.size if size is None else size,
+        self_similarity_distance(seen["result"], seen["shape"]),
+        cls_similarity(seen["result"], seen["appearance"]) if extractor.has_cls else None,
+        None if own is None or goal is None else mask_iou(own, goal),
+        color_difference(result, appearance, goal if own is None else own, appearance_mask),
+    )
+
+
+def _resized(picture: Tensor, like: Tensor) -> Tensor:
+    """(C, H, W) at the size of another picture, in [0, 1]."""
+    if picture.shape[1:] == like.shape[1:]:
+        return picture
+    return F.interpolate(picture[None], size=like.shape[1:], mode="bicubic", antialias=True)[0].clamp(0, 1)
 
 
 def _patches(image: Tensor, mask: Tensor, side: int, shrink: int) -> Tensor:

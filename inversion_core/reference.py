@@ -1,15 +1,15 @@
-"""References: images as the model sees them, and the bank that keeps what the model saw in them."""
+"""References: images as the model sees them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .noise import Trajectory
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,12 +21,17 @@ class Reference:
         mask: (1, 1, h, w) in [0, 1] on the latent's grid, 1 where the reference may be read; None means everywhere.
         conditioning: the host's own conditioning for the reference's pass; None lets the host use the run's negative.
         noise_seed: seed of the fixed noise the latent is re-noised with at every step.
+        strength: above 0; its weight beside other references read in the same place (a single one is read fully).
+        trajectory: an inversion, to be read in place of the fixed noise; in the model's latent space, not in the
+            autoencoder's as `latent` is. None means the fixed noise.
     """
 
     latent: Tensor
     mask: Tensor | None = None
     conditioning: Any = None
     noise_seed: int = 0
+    strength: float = 1.0
+    trajectory: Trajectory | None = None
     content: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -42,7 +47,14 @@ class Reference:
             )
         if self.mask is not None and not bool((self.mask > 0).any()):
             raise ValueError("the mask is empty: nothing of the reference could be read. Paint it or leave it out")
-        object.__setattr__(self, "content", _digest(self.latent, self.noise_seed))
+        if not 0 < self.strength <= 1e4:  # false for NaN too
+            raise ValueError(f"the reference's strength is {self.strength}, but it must be above 0 (1 is neutral)")
+        if self.trajectory is not None and self.trajectory.clean.shape != self.latent.shape:
+            raise ValueError(
+                f"the trajectory is of a latent {tuple(self.trajectory.clean.shape)}, but this one is "
+                f"{tuple(self.latent.shape)}: invert this reference itself"
+            )
+        object.__setattr__(self, "content", _digest(self.latent, self.noise_seed, self.trajectory))
 
     def __deepcopy__(self, memo: dict) -> Reference:
         return self  # immutable: hosts that copy their options may share it
@@ -52,55 +64,24 @@ class Reference:
         generator = torch.Generator().manual_seed(self.noise_seed)
         return torch.randn(self.latent.shape, generator=generator)
 
+    def noise_at(self, sigma: float) -> Tensor:
+        """The noise (1, C, h, w) to read this reference with at a noise level, float32 on the CPU.
 
-def _digest(latent: Tensor, seed: int) -> str:
+        It is `noise()`, or the trajectory's at this level. Either way the noisy latent is what the model's own forward
+        process makes of it and of the clean latent in the model's space: in ComfyUI
+        `model_sampling.noise_scaling(sigma, noise, process_latent_in(latent))`.
+        """
+        return self.noise() if self.trajectory is None else self.trajectory.noise_at(sigma)
+
+
+def _digest(latent: Tensor, seed: int, trajectory: Trajectory | None) -> str:
     digest = hashlib.sha256(f"{tuple(latent.shape)} {seed} ".encode())
-    digest.update(latent.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    digest.update(_bytes(latent))
+    if trajectory is not None:
+        digest.update(_bytes(trajectory.sigmas))
+        digest.update(_bytes(trajectory.latents))
     return digest.hexdigest()
 
 
-class ReferenceBank:
-    """Hidden states of references by key, least recently used first out once the budget is spent.
-
-    Args:
-        budget: bytes of tensors to keep at most. One entry larger than the budget is not kept at all.
-    """
-
-    def __init__(self, budget: int) -> None:
-        if budget < 0:
-            raise ValueError(f"budget is {budget} bytes, but it cannot be negative")
-        self.budget = budget
-        self.bytes = 0
-        self.hits = 0
-        self.misses = 0
-        self._entries: OrderedDict[Hashable, dict[Hashable, Tensor]] = OrderedDict()
-
-    def get(self, key: Hashable) -> dict[Hashable, Tensor] | None:
-        """The entry of this key, now the most recently used; None if there is none."""
-        entry = self._entries.get(key)
-        if entry is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self._entries.move_to_end(key)
-        return entry
-
-    def put(self, key: Hashable, entry: dict[Hashable, Tensor]) -> None:
-        """Keep an entry (site -> tensor), dropping the least recently used ones to stay in budget."""
-        self._drop(key)
-        size = _size(entry)
-        if size > self.budget:
-            return
-        while self.bytes + size > self.budget:
-            self._drop(next(iter(self._entries)))
-        self._entries[key] = entry
-        self.bytes += size
-
-    def _drop(self, key: Hashable) -> None:
-        entry = self._entries.pop(key, None)
-        if entry is not None:
-            self.bytes -= _size(entry)
-
-
-def _size(entry: dict[Hashable, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in entry.values())
+def _bytes(values: Tensor) -> bytes:
+    return values.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()

@@ -253,7 +253,8 @@ def fit_transport(method: Method, source: Samples, reference: Samples, *, eps: f
             `"mkl"`: mean and covariance by the linear Monge-Kantorovich map, which moves colours least (Pitie and
             Kokaram 2007, "The linear Monge-Kantorovitch linear colour mapping for example-based colour transfer");
             `"wct"`: mean and covariance by whitening and colouring (Li et al., arXiv 1705.08086);
-            `"histogram"`: the whole distribution of each channel, as scikit-image's `match_histograms` does it;
+            `"histogram"`: the whole distribution of each channel, as scikit-image's `match_histograms` does it where no
+            values are equal; what differs where some are, `_curve` says;
             `"sliced_ot"`: the whole joint distribution, channel by channel along random axes (Pitie et al. 2007,
             "Automated colour grading using colour distribution transfer"), without its regrain step.
         source, reference: points of as many channels.
@@ -379,17 +380,25 @@ def _fit_histogram(source: Samples, reference: Samples) -> _Curves:
 
 
 def _curve(x: Tensor, weight: Tensor, y: Tensor, weight_ref: Tensor) -> _Curve:
-    """The rising map between two weighted distributions of one channel.
+    """The rising map between two weighted distributions of one channel: optimal transport, averaged over equal values.
 
-    scikit-image's convention: a value stands for the share of everything up to and with it, and shares between two of
-    the reference's are interpolated. Unlike there, a source of a single value goes to the reference's mean, not to its
-    largest value.
+    Between as many distinct points this is scikit-image's `match_histograms`: the k-th smallest takes the k-th
+    smallest's place. Points that share a value cannot part; they stand for a range of shares of the whole, and take the
+    mean of what the reference has in that range. scikit-image takes what lies at the upper end of the range, which
+    sends the darker of two flat tones to the lighter one of the reference as soon as it covers a pixel more there.
     """
     values, levels = _distribution(x, weight)
-    if values.numel() == 1:
-        return _Curve(values, ((y * weight_ref).sum() / weight_ref.sum())[None])
     values_ref, levels_ref = _distribution(y, weight_ref)
-    return _Curve(values, _interpolate(levels, levels_ref, values_ref))
+    # Cut the shares at every level of either side: within a piece both sides have one value.
+    ends = torch.cat([levels, levels_ref]).sort().values
+    width = ends.diff(prepend=ends.new_zeros(1))
+    place = torch.searchsorted(levels, ends).clamp_max(values.numel() - 1)
+    place_ref = torch.searchsorted(levels_ref, ends).clamp_max(values_ref.numel() - 1)
+    total = torch.zeros_like(values).index_add_(0, place, width)
+    moved = torch.zeros_like(values).index_add_(0, place, width * values_ref[place_ref])
+    # A weight too small to move the sum has no width of its own: it takes what lies at its level.
+    alone = values_ref[torch.searchsorted(levels_ref, levels).clamp_max(values_ref.numel() - 1)]
+    return _Curve(values, torch.where(total > 0, moved / total, alone))
 
 
 def _distribution(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -433,15 +442,16 @@ def thinned(found: Samples, count: int) -> Samples:
     """At most `count` of the points with weight, evenly spread over their order; the same for the same input."""
     inside = (found.weight > 0).nonzero().flatten()
     if inside.numel() > count:
-        inside = inside[spread(inside.numel(), count).to(inside.device)]
+        inside = inside[spread(inside.numel(), count, inside.device)]
     return Samples(found.values[:, inside], found.weight[inside])
 
 
-def spread(total: int, count: int) -> Tensor:
-    """`count` of the indices 0 to total - 1, rising: one drawn from each of `count` equal intervals, always alike.
+def spread(total: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """`count` of the indices 0 to total - 1, rising: one of each of `count` equal intervals, the same on every device.
 
-    Drawn, because a fixed stride would always meet the same columns of a picture.
+    Where in its interval is scattered by multiples of the golden ratio, because a fixed stride would always meet the
+    same columns of a picture. In whole numbers, for float32 cannot count the pixels of a video.
     """
-    generator = torch.Generator().manual_seed(0)
-    draw = torch.rand(count, generator=generator, dtype=torch.float64)
-    return ((torch.arange(count) + draw) * (total / count)).long().clamp_max(total - 1)
+    step = torch.arange(count, device=device)
+    within = (step * 40503) & 0xFFFF  # 65536 / golden ratio
+    return step * total // count + (within * (total // count) >> 16)

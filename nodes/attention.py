@@ -1,15 +1,22 @@
-"""KV Injection: the appearance of one reference, the shape of another, while sampling."""
+"""KV Injection and its presets: the appearance of some references, the shape of another, while sampling."""
 
 from __future__ import annotations
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..inversion_core.attention import AttentionEdit
-from ..inversion_core.hosts.comfy_unet import attach
-from ..inversion_core.injection import Injection, Window
-from .host import output_mask
-from .sockets import Reference
+from ..inversion_core.hosts import comfy_color
+from ..inversion_core.hosts.comfy_color import ColorGuidance
+from ..inversion_core.hosts.comfy_unet import attach, sites_of
+from ..inversion_core.injection import Window
+from ..inversion_core.presets import PRESETS, Step
+from ..inversion_core.presets import Preset as PresetValue
+from ..inversion_core.sites import select
+from .host import output_mask, single_reference
+from .sockets import Preset, Reference
 from .widgets import share
+
+_SOURCES = "\n".join(f"{preset.name}: {preset.source}" for preset in PRESETS.values())
 
 
 class KVInjection(io.ComfyNode):
@@ -22,57 +29,162 @@ class KVInjection(io.ComfyNode):
             display_name="KV Injection",
             category="shape & appearance",
             description=(
-                "While sampling, the decoder's self-attention reads keys and values of the appearance reference, and "
-                "the layout follows the shape reference. No training. Each reference costs one extra row a step."
+                "While sampling, self-attention reads keys and values of the appearance reference, and the layout "
+                "follows the shape reference. No training. Each reference costs one extra row a step, the first time."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="An SD1.x, SD2.x or SDXL model, or the demo model."),
-                Reference.Input("appearance", tooltip="Whose colours and textures the result takes."),
+                Reference.Input("appearance", tooltip="Whose colours and textures the result takes; may be several."),
                 Reference.Input("shape", optional=True, tooltip="Whose outline and layout the result keeps."),
-                share("strength", 1.0, "How much of both is injected. 0 is exactly the model without this node."),
-                share("start_percent", 0.0, "Where in the sampling the appearance begins to be read."),
-                share("end_percent", 1.0, "Where it ends. Below 0.6 little of the texture survives."),
-                share("shape_strength", 1.0, "How closely the layout follows the shape reference."),
-                share("shape_end_percent", 0.8, "Where the shape is let go; later keeps the outline tighter."),
                 io.Combo.Input(
-                    "sites",
-                    options=["decoder", "all"],
-                    default="decoder",
-                    tooltip="Which self-attentions read the references. 'decoder' as published methods do; 'all' holds "
-                    "shape and texture tighter, and wants masks on both references.",
+                    "preset",
+                    options=list(PRESETS),
+                    default="default",
+                    tooltip=f"Which method. 'default' is the best we know.\n{_SOURCES}",
+                ),
+                share("strength", 1.0, "How much of all this is injected. 0 is exactly the model without this node."),
+                share("shape_strength", 1.0, "How closely the layout follows the shape reference."),
+                share(
+                    "color",
+                    1.0,
+                    "How much of the colours is matched besides, where the method does that (default, cross-image, "
+                    "visual-style, style-id). 0 leaves it to the attention.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
                     tooltip="Where the result may change. Resized to the latent. Without it, everywhere.",
                 ),
+                Preset.Input("custom", optional=True, tooltip="From Custom Preset: used instead of the one chosen."),
             ],
             outputs=[io.Model.Output(tooltip="The patched model, for the KSampler. The one put in is unchanged.")],
         )
 
     @classmethod
     def execute(
+        cls, model, appearance, preset, strength, shape_strength, color, shape=None, mask=None, custom=None
+    ) -> io.NodeOutput:
+        method = PRESETS[preset] if custom is None else custom
+        layout = None if shape is None else single_reference(shape, "the shape")
+        where = output_mask(mask)
+        injections = method.injections(appearance, layout, strength=strength, shape_strength=shape_strength, mask=where)
+        patched = attach(model, *injections)
+        if method.color is not None and color * strength > 0:
+            inside = layout.mask if where is None and layout is not None else where
+            guidance = ColorGuidance(
+                appearance[0], strength=color * strength, window=method.color, mask=inside, required=False
+            )
+            patched = comfy_color.attach(patched, guidance)
+        return io.NodeOutput(patched)
+
+
+class CustomPreset(io.ComfyNode):
+    """A method of one's own, from the operator's parts."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ShapeAppearanceCustomPreset",
+            display_name="Custom Preset",
+            category="shape & appearance",
+            description="A method of your own for KV Injection, instead of a published one.",
+            inputs=[
+                io.Combo.Input(
+                    "reference",
+                    options=["replace", "extend", "normalise"],
+                    default="replace",
+                    tooltip="How the appearance enters: its keys and values instead of the picture's own (strongest), "
+                    "beside them (mildest), or by its statistics where it would be read (Ctrl-X).",
+                ),
+                io.String.Input(
+                    "sites",
+                    default="all",
+                    tooltip="Which self-attentions read the appearance: all, encoder, middle, decoder, decoder.coarse, "
+                    "decoder.fine, decoder[1:-1], or the model's own blocks such as output.4, output.5.0; several by "
+                    "commas. Connect the model to see its blocks.",
+                ),
+                share("start_percent", 0.0, "Where in the sampling the appearance begins to be read."),
+                share("end_percent", 1.0, "Where it ends. Below 0.6 little of the texture survives."),
+                io.String.Input(
+                    "shape_sites",
+                    default="",
+                    tooltip="Which self-attentions take the shape's layout. Empty means the same as 'sites'.",
+                ),
+                share("shape_end_percent", 0.8, "Where the shape is let go; later keeps the outline tighter."),
+                share("shape_query", 1.0, "Share of the shape's queries: 1 keeps the layout, 0.75 is StyleID's."),
+                share("shape_features", 1.0, "Share of the shape's features in the decoder (Ctrl-X, Plug-and-Play)."),
+                io.Float.Input(
+                    "contrast",
+                    default=1.0,
+                    min=1.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Sharpens what is read: 1.67 in Cross-Image Attention; above 2 it becomes noisy. 1 is off.",
+                ),
+                io.Float.Input(
+                    "temperature",
+                    default=1.0,
+                    min=0.1,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Multiplies the attention's logits: above 1 is sharper (StyleID: 1.5).",
+                ),
+                io.Float.Input(
+                    "reference_bias",
+                    default=0.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="With 'extend', how much more the reference counts: 0.69 doubles it (StyleAligned).",
+                ),
+                io.Boolean.Input(
+                    "match_statistics",
+                    default=False,
+                    tooltip="Matches queries and keys to the reference's statistics (StyleAligned).",
+                ),
+                io.Combo.Input(
+                    "rows",
+                    options=["all", "positive"],
+                    default="all",
+                    tooltip="'positive' edits the positive prompt alone, so that cfg leads towards the edit.",
+                ),
+                io.Model.Input("model", optional=True, tooltip="Shows which of its blocks are chosen."),
+            ],
+            outputs=[Preset.Output(display_name="preset", tooltip="For KV Injection's input 'custom'.")],
+        )
+
+    @classmethod
+    def execute(
         cls,
-        model,
-        appearance,
-        strength,
+        reference,
+        sites,
         start_percent,
         end_percent,
-        shape_strength,
+        shape_sites,
         shape_end_percent,
-        sites,
-        shape=None,
-        mask=None,
+        shape_query,
+        shape_features,
+        contrast,
+        temperature,
+        reference_bias,
+        match_statistics,
+        rows,
+        model=None,
     ) -> io.NodeOutput:
-        keep = shape_strength if shape is not None else 0.0
-        injection = Injection(
-            AttentionEdit(reference="replace", shape_query=keep, strength=strength),
-            appearance=appearance,
-            window=Window(start_percent, end_percent),
-            shape=shape,
-            shape_window=Window(0.0, shape_end_percent),
-            feature_strength=keep,
-            mask=output_mask(mask),
-            sites=sites,
+        edit = AttentionEdit(
+            reference,
+            shape_query=shape_query,
+            qk_stats=match_statistics,
+            contrast=contrast,
+            temperature=temperature,
+            reference_bias=reference_bias,
         )
-        return io.NodeOutput(attach(model, injection))
+        windows = Window(start_percent, end_percent), Window(0.0, shape_end_percent)
+        step = Step(edit, sites, *windows, shape_sites.strip() or None, shape_features, rows)
+        preset = PresetValue("custom", "Custom Preset", (step,))
+        if model is None:
+            return io.NodeOutput(preset)
+        places = sites_of(model.model.diffusion_model)
+        chosen = select(sites, places)
+        lines = [f"{'x' if site.name in chosen else '-'} {site.name} (1/{site.scale})" for site in places]
+        return io.NodeOutput(preset, ui=ui.PreviewText("\n".join(lines)))

@@ -13,7 +13,7 @@ from ..inversion_core.hosts.comfy_color import ColorGuidance, attach
 from ..inversion_core.injection import Window
 from ..inversion_core.statistics import Method
 from .color_preview import preview_sheet
-from .host import output_mask
+from .host import output_mask, single_reference
 from .picture_mask import picture_mask
 from .sockets import Reference
 from .widgets import share
@@ -149,5 +149,6 @@ class AdaINColorGuidance(io.ComfyNode):
         mask=None,
     ) -> io.NodeOutput:
         window = Window(start_percent, end_percent)
-        guidance = ColorGuidance(reference, method, strength, window, ramp, output_mask(mask))
+        one = single_reference(reference, "the colour")
+        guidance = ColorGuidance(one, method, strength, window, ramp, output_mask(mask))
         return io.NodeOutput(attach(model, guidance))

@@ -4,14 +4,42 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .attention import KVInjection
+from .attention import CustomPreset, KVInjection
+from .cache import LoadReferenceCache, SaveReferenceCache
 from .color import AdaINColorGuidance, AdaINColorMatch
 from .demo import LoadDemoModel
+from .evaluation import CompositionScore
+from .features import LoadFeatureExtractor, PreviewCorrespondence, PreviewFeatures
+from .folders import register_folders
+from .inversion import AppearanceInversion, ApplyInversion, LoadInversion, SaveInversion, ShapeInversion
+from .noise import InvertReference
 from .reference import EncodeReference
+from .report import InjectionReport
 
 
 class ShapeAppearanceExtension(ComfyExtension):
     """What ComfyUI asks for the nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadDemoModel, EncodeReference, KVInjection, AdaINColorMatch, AdaINColorGuidance]
+        register_folders()
+        return [
+            LoadDemoModel,
+            EncodeReference,
+            InvertReference,
+            KVInjection,
+            CustomPreset,
+            InjectionReport,
+            SaveReferenceCache,
+            LoadReferenceCache,
+            AdaINColorMatch,
+            AdaINColorGuidance,
+            ShapeInversion,
+            AppearanceInversion,
+            ApplyInversion,
+            SaveInversion,
+            LoadInversion,
+            LoadFeatureExtractor,
+            PreviewFeatures,
+            PreviewCorrespondence,
+            CompositionScore,
+        ]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..inversion_core.reference import Reference
-from .picture_mask import picture_mask
+from .picture_mask import flattened, picture_mask
 
 
 def embedding_folders() -> list[str]:
@@ -35,17 +35,47 @@ def reference_mask(mask: Tensor, image: Tensor, grid: tuple[int, int]) -> Tensor
     return F.interpolate(fitted[:, None], size=grid, mode="area").clamp(0, 1)
 
 
-def encode_reference(image: Tensor, vae: Any, mask: Tensor | None, conditioning: Any, seed: int) -> Reference:
-    """Encode one picture with the model's own VAE."""
+def single_reference(references: tuple[Reference, ...], name: str) -> Reference:
+    """The reference in a REFERENCE that must hold one.
+
+    Raises:
+        ValueError: it holds several.
+    """
+    if len(references) != 1:
+        raise ValueError(
+            f"{name} reference holds {len(references)} pictures, but it must be one: disconnect 'others' there"
+        )
+    return references[0]
+
+
+def encode_reference(image: Tensor, vae: Any, mask: Tensor | None, flatten: float, **settings: Any) -> Reference:
+    """Encode one picture with the model's own VAE.
+
+    Args:
+        image: (1, H, W, 3).
+        vae: the model's.
+        mask: where the object is.
+        flatten: 0 to 1, how much of the texture inside the mask goes, see `flattened`.
+        settings: `conditioning`, `noise_seed` and `strength` of the Reference.
+
+    Raises:
+        ValueError: several pictures, a video VAE, a mask that does not fit or is empty, nothing to flatten in.
+    """
     picture = single_image(image, "the reference image")
+    if flatten > 0:
+        if mask is None:
+            raise ValueError(f"flatten is {flatten}, but there is no mask that says where: connect the object's mask")
+        picture = flattened(picture, picture_mask(mask, picture, "the mask"), flatten)
     latent = vae.encode(picture).detach().to("cpu", torch.float32).clone()
+    if latent.ndim == 5 and latent.shape[2] == 1:
+        latent = latent[:, :, 0]  # Wan's and Qwen-Image's VAE: a picture is a video of one frame
     if latent.ndim != 4:
         raise ValueError(
             f"this VAE gives latents with {latent.ndim - 2} dimensions (video); references need an image VAE"
         )
     grid = (latent.shape[-2], latent.shape[-1])
     on_grid = None if mask is None else reference_mask(mask, picture, grid).cpu()
-    return Reference(latent, on_grid, conditioning, seed)
+    return Reference(latent, on_grid, **settings)
 
 
 def output_mask(mask: Tensor | None) -> Tensor | None:
@@ -56,3 +86,10 @@ def output_mask(mask: Tensor | None) -> Tensor | None:
     if flat.shape[0] != 1:
         raise ValueError(f"the output mask is a batch of {flat.shape[0]}, but one is needed: pick one of them")
     return flat
+
+
+def heat_picture(heat: Tensor | None) -> Tensor:
+    """A map (h, w) in [0, 1] as an IMAGE, each cell a square of 16 pixels; None as a small black one."""
+    cells = torch.zeros(4, 4) if heat is None else heat
+    wide = cells.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    return wide[None, :, :, None].expand(-1, -1, -1, 3).contiguous()

@@ -1,4 +1,4 @@
-"""A MASK as the core wants it for a batch of pictures."""
+"""A MASK as the core wants it for a batch of pictures, and a picture without the texture inside a mask."""
 
 from __future__ import annotations
 
@@ -32,3 +32,16 @@ def picture_mask(mask: Tensor, pictures: Tensor, name: str) -> Tensor:
             "the mask that belongs to this picture"
         )
     return F.interpolate(flat[:, None], size=(height, width), mode="bilinear", antialias=True)[:, 0].clamp(0, 1)
+
+
+def flattened(pictures: Tensor, mask: Tensor, share: float) -> Tensor:
+    """Pictures (B, H, W, C) whose inside moves towards its own mean colour: share 1 leaves the outline alone.
+
+    Args:
+        pictures: in [0, 1].
+        mask: (1 or B, H, W) in [0, 1], not empty.
+        share: 0 to 1.
+    """
+    weight = mask.to(pictures)[..., None]
+    mean = (pictures * weight).sum((1, 2), keepdim=True) / weight.sum((1, 2), keepdim=True)
+    return pictures.lerp(mean.expand_as(pictures), weight * share)

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from .host import encode_reference
 from .sockets import Reference
+from .widgets import share
 
 
 class EncodeReference(io.ComfyNode):
@@ -39,10 +40,30 @@ class EncodeReference(io.ComfyNode):
                     max=2**53,
                     tooltip="Seed of the fixed noise the reference is mixed with at every step. Rarely worth changing.",
                 ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.01,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="How much this picture counts beside others read with it. Alone it is read fully.",
+                ),
+                share(
+                    "flatten",
+                    0.0,
+                    "For a shape: how much of the texture inside the mask goes before it is read, so that only the "
+                    "outline is kept. 1 leaves one flat colour; 0 keeps all, folds and features included.",
+                ),
+                Reference.Input("others", optional=True, tooltip="References to be read together with this one."),
             ],
             outputs=[Reference.Output("reference", tooltip="For KV Injection: as appearance or as shape.")],
         )
 
     @classmethod
-    def execute(cls, image, vae, noise_seed, mask=None, conditioning=None) -> io.NodeOutput:
-        return io.NodeOutput(encode_reference(image, vae, mask, conditioning, noise_seed))
+    def execute(
+        cls, image, vae, noise_seed, strength, flatten, mask=None, conditioning=None, others=()
+    ) -> io.NodeOutput:
+        reference = encode_reference(
+            image, vae, mask, flatten, conditioning=conditioning, noise_seed=noise_seed, strength=strength
+        )
+        return io.NodeOutput((*others, reference))

@@ -28,7 +28,8 @@ def main() -> None:
 
     from .loop import train
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(allowed or 1)
     device = torch.device(options.device or best_device())
     for name in options.stages or STAGES:
         stage = _stage(name, device, options.steps)

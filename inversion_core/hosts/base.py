@@ -25,12 +25,17 @@ def require_channels(reference: Reference, channels: int, model: str) -> None:
         )
 
 
-def inside(sampling: Any, window: Window, sigma: float) -> bool:
-    """Whether a sigma lies in a window of sampling percent, as ComfyUI counts it for conditionings.
+def limits(sampling: Any, window: Window) -> tuple[float, float]:
+    """The sigmas at the start and the end of a window of sampling percent, as ComfyUI counts it for conditionings.
 
-    `sampling` has ComfyUI's `percent_to_sigma`.
+    `sampling` has ComfyUI's `percent_to_sigma`, which may wait for the device.
     """
-    start, end = (float(sampling.percent_to_sigma(percent)) for percent in (window.start, window.end))
+    return float(sampling.percent_to_sigma(window.start)), float(sampling.percent_to_sigma(window.end))
+
+
+def inside(sampling: Any, window: Window, sigma: float) -> bool:
+    """Whether a sigma lies in a window."""
+    start, end = limits(sampling, window)
     return end < sigma <= start
 
 

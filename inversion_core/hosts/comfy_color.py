@@ -39,6 +39,8 @@ class ColorGuidance:
         window: when, in sampling percent.
         ramp: strength over the window: the same throughout, rising from 0, or falling to 0.
         mask: (1, 1, H, W) in [0, 1], where the output is measured and changed; any size; None: everywhere.
+        required: whether a run in which no step lies in the window is an error. Not so where the window is a preset's:
+            with few steps none may lie in a narrow one.
     """
 
     reference: Reference
@@ -47,6 +49,7 @@ class ColorGuidance:
     window: Window = field(default_factory=lambda: Window(0.2, 0.95))
     ramp: Ramp = "constant"
     mask: Tensor | None = None
+    required: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength <= 1:
@@ -96,7 +99,8 @@ class _OuterSample:
     ) -> Tensor:
         guider = executor.class_obj
         keep = args[0] if args else kwargs.get("denoise_mask")
-        run = _Run(self.hook.guidance, guider.model_patcher.model, keep)
+        graded = guider.model_options.get("denoise_mask_function") is not None
+        run = _Run(self.hook.guidance, guider.model_patcher.model, keep, graded)
         options = guider.model_options.setdefault("transformer_options", {})
         options[KEY] = {**options.get(KEY, {}), self.hook: run}
         result = executor(noise, latent, sampler, sigmas, *args, **kwargs)
@@ -125,11 +129,18 @@ class _Hook:
 
 @dataclass
 class _Run:
-    """One guidance in one sampling run."""
+    """One guidance in one sampling run.
+
+    Attributes:
+        base: the model's BaseModel.
+        keep: the inpainting mask, 1 where the picture may change; None without one.
+        graded: whether a node like Differential Diffusion decides anew at every step what the mask keeps.
+    """
 
     guidance: ColorGuidance
     base: Any
-    keep: Tensor | None
+    keep: Tensor | None = None
+    graded: bool = False
     steps: int = 0
     _target: Samples | None = None
     _weight: Tensor | None = None
@@ -163,14 +174,16 @@ class _Run:
     def masks(self, denoised: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Where the prediction is changed, and with what weight it is measured: (B or 1, 1, ...), (B or 1, ...).
 
-        What an inpainting mask keeps is put back by ComfyUI after this, so it is changed like the rest, but it is not
-        measured: the picture around a hole says nothing of the colours in it.
+        What an inpainting mask keeps is not measured: the picture around a hole says nothing of the colours in it.
+        ComfyUI puts it back after this, so here it may be changed like the rest. Not so under Differential Diffusion,
+        whose last step keeps nothing: there the mask says how far a place is changed.
         """
         where = None if self.guidance.mask is None else _fit(self.guidance.mask, denoised)
         keep = None if self.keep is None else _fit(self.keep, denoised)
         if keep is None:
             return where, None if where is None else where[:, 0]
-        return where, (keep if where is None else keep * where)[:, 0]
+        both = keep if where is None else keep * where
+        return both if self.graded else where, both[:, 0]
 
     def target(self, device: torch.device) -> Samples:
         """The reference's latent as the model has it, once a run."""
@@ -187,7 +200,7 @@ class _Run:
 
     def require_effect(self) -> None:
         """Raise if no step of the run was matched."""
-        if self.steps == 0:
+        if self.steps == 0 and self.guidance.required:
             window = self.guidance.window
             raise HostError(
                 f"AdaIN Color Guidance changed nothing: no step of this run lies between {window.start} and "

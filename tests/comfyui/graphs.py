@@ -41,23 +41,45 @@ def text_to_image(text: str = PROMPT, *, steps: int = 4, width: int = 128, heigh
     }
 
 
+def encoded(picture: str, **inputs: Any) -> Node:
+    """Encode Reference on the picture of this node, with the demo model's VAE."""
+    values = {"noise_seed": 0, "strength": 1.0, "flatten": 0.0}
+    return node("ShapeAppearanceEncodeReference", **{"image": [picture, 0], "vae": ["demo", 2], **values, **inputs})
+
+
 def injected(reference: str, **inputs: Any) -> dict[str, Node]:
     """Two steps with KV Injection; `inputs` are its own. `reference` is the name of an uploaded picture."""
     graph = text_to_image(steps=2)
     graph["picture"] = node("LoadImage", image=reference)
-    graph["encode"] = node("ShapeAppearanceEncodeReference", image=["picture", 0], vae=["demo", 2], noise_seed=0)
-    values = {
-        "strength": 1.0,
-        "start_percent": 0.0,
-        "end_percent": 1.0,
-        "shape_strength": 1.0,
-        "shape_end_percent": 0.6,
-        "sites": "decoder",
-    }
+    graph["encode"] = encoded("picture")
+    values = {"preset": "default", "strength": 1.0, "shape_strength": 1.0, "color": 1.0}
     graph["inject"] = node(
         "ShapeAppearanceKVInjection", **{"model": ["demo", 0], "appearance": ["encode", 0], **values, **inputs}
     )
     graph["sampler"]["inputs"]["model"] = ["inject", 0]
+    return graph
+
+
+def custom(reference: str, **inputs: Any) -> dict[str, Node]:
+    """As `injected`, by a Custom Preset with these inputs."""
+    graph = injected(reference)
+    values = {
+        "reference": "replace",
+        "sites": "all",
+        "start_percent": 0.0,
+        "end_percent": 1.0,
+        "shape_sites": "",
+        "shape_end_percent": 0.8,
+        "shape_query": 1.0,
+        "shape_features": 1.0,
+        "contrast": 1.0,
+        "temperature": 1.0,
+        "reference_bias": 0.0,
+        "match_statistics": False,
+        "rows": "all",
+    }
+    graph["custom"] = node("ShapeAppearanceCustomPreset", **{**values, **inputs})
+    graph["inject"]["inputs"]["custom"] = ["custom", 0]
     return graph
 
 

@@ -103,7 +103,15 @@ def guided(client: ComfyClient, **inputs: Any) -> Graph:
     return {
         "1": node("ShapeAppearanceLoadDemoModel"),
         "2": node("LoadImage", image=reference),
-        "3": node("ShapeAppearanceEncodeReference", image=["2", 0], mask=["2", 1], vae=["1", 2], noise_seed=0),
+        "3": node(
+            "ShapeAppearanceEncodeReference",
+            image=["2", 0],
+            mask=["2", 1],
+            vae=["1", 2],
+            noise_seed=0,
+            strength=1.0,
+            flatten=0.0,
+        ),
         "4": node("ShapeAppearanceAdaINColorGuidance", model=["1", 0], reference=["3", 0], **{**values, **inputs}),
         "5": node("CLIPTextEncode", text="a red plain star on sky", clip=["1", 1]),
         "6": node("EmptyLatentImage", width=128, height=128, batch_size=1),

@@ -9,7 +9,7 @@ import pytest
 
 from demo.client import ComfyClient, ExecutionFailed, PromptRefused
 
-from .graphs import injected, node, pictures, rendered
+from .graphs import custom, encoded, injected, node, pictures, rendered
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_a_reference_of_a_vae_with_other_channels(client: ComfyClient, reference
     """Core's own "pixel_space" VAE has three."""
     graph = injected(reference, **{role: ["other", 0]})
     graph["vae"] = node("VAELoader", vae_name="pixel_space")
-    graph["other"] = node("ShapeAppearanceEncodeReference", image=["picture", 0], vae=["vae", 0], noise_seed=0)
+    graph["other"] = encoded("picture", vae=["vae", 0])
     says(failure(client, graph, "inject"), "3 latent channels", "works with 4", "VAE that belongs to this model")
 
 
@@ -83,16 +83,21 @@ def test_an_output_mask_of_another_size_is_resized(client: ComfyClient, referenc
 
 
 def test_a_window_that_ends_before_it_starts(client: ComfyClient, reference: str) -> None:
-    message = failure(client, injected(reference, start_percent=0.8, end_percent=0.2), "inject")
+    message = failure(client, custom(reference, start_percent=0.8, end_percent=0.2), "custom")
     says(message, "0.8 to 0.2", "0 <= start <= end <= 1")
 
 
 def test_a_window_no_step_falls_into(client: ComfyClient, reference: str) -> None:
-    message = failure(client, injected(reference, start_percent=1.0, end_percent=1.0), "sampler")
+    message = failure(client, custom(reference, start_percent=1.0, end_percent=1.0), "sampler")
     says(message, "changed nothing", "Widen start and end percent", "denoise")
 
 
-@pytest.mark.parametrize(("name", "value"), [("strength", 1.5), ("start_percent", -0.1), ("shape_strength", 2.0)])
+def test_sites_the_model_has_not(client: ComfyClient, reference: str) -> None:
+    message = failure(client, custom(reference, sites="decoder, output.9"), "inject")
+    says(message, "'output.9'", "means no self-attention", "output.3", "decoder.fine")
+
+
+@pytest.mark.parametrize(("name", "value"), [("strength", 1.5), ("color", -0.1), ("shape_strength", 2.0)])
 def test_a_number_out_of_range_is_refused_before_the_run(
     client: ComfyClient, reference: str, name: str, value: float
 ) -> None:

@@ -12,9 +12,23 @@ from demo.comfy import PACK, find_comfyui
 NODES = (
     "ShapeAppearanceLoadDemoModel",
     "ShapeAppearanceEncodeReference",
+    "ShapeAppearanceInvertReference",
     "ShapeAppearanceKVInjection",
+    "ShapeAppearanceCustomPreset",
+    "ShapeAppearanceInjectionReport",
+    "ShapeAppearanceSaveReferenceCache",
+    "ShapeAppearanceLoadReferenceCache",
     "ShapeAppearanceAdaINColorMatch",
     "ShapeAppearanceAdaINColorGuidance",
+    "ShapeAppearanceShapeInversion",
+    "ShapeAppearanceAppearanceInversion",
+    "ShapeAppearanceApplyInversion",
+    "ShapeAppearanceSaveInversion",
+    "ShapeAppearanceLoadInversion",
+    "ShapeAppearanceLoadFeatureExtractor",
+    "ShapeAppearancePreviewFeatures",
+    "ShapeAppearancePreviewCorrespondence",
+    "ShapeAppearanceCompositionScore",
 )
 HEAVY = ("diffusers", "timm", "transformers")
 LIMIT_SECONDS = 0.3

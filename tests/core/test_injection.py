@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from inversion_core.attention import AttentionEdit
-from inversion_core.injection import Injection, Site, Window
+from inversion_core.injection import Injection, Window
 from inversion_core.reference import Reference
 
 REFERENCE = Reference(torch.zeros(1, 4, 4, 4))
@@ -37,29 +37,29 @@ def test_feature_strength_is_a_share(value: float) -> None:
 
 def test_an_empty_output_mask_is_refused() -> None:
     with pytest.raises(ValueError, match="output mask is empty.*disconnect"):
-        Injection(AttentionEdit(), REFERENCE, mask=torch.zeros(1, 1, 8, 8))
+        Injection(AttentionEdit(), (REFERENCE,), mask=torch.zeros(1, 1, 8, 8))
 
 
 def test_copies_of_a_hosts_options_share_the_injection() -> None:
-    injection = Injection(AttentionEdit(), REFERENCE, sites=frozenset({Site("output", 0, 0)}))
+    injection = Injection(AttentionEdit(), (REFERENCE,), sites="output.0")
     assert copy.deepcopy([{"patch": injection}])[0]["patch"] is injection
-    assert copy.copy(injection).appearance is REFERENCE
+    assert copy.copy(injection).appearance == (REFERENCE,)
 
 
 def test_only_strength_zero_is_neutral() -> None:
-    assert Injection(AttentionEdit(strength=0.0), REFERENCE).neutral
-    assert not Injection(AttentionEdit(strength=0.01), REFERENCE).neutral
+    assert Injection(AttentionEdit(strength=0.0), (REFERENCE,)).neutral
+    assert not Injection(AttentionEdit(strength=0.01), (REFERENCE,)).neutral
 
 
 def test_all_at_work_is_the_edit_itself() -> None:
     edit = AttentionEdit(shape_query=1.0, shape_key=0.5, qk_stats=True, strength=0.7)
-    assert Injection(edit, REFERENCE, shape=REFERENCE).at(appearance=True, shape=True) == edit
+    assert Injection(edit, (REFERENCE,), shape=REFERENCE).at(appearance=True, shape=True) == edit
 
 
 @pytest.mark.parametrize("window", ["closed", "no reference"])
 def test_without_appearance_only_the_shape_is_left(window: str) -> None:
     edit = AttentionEdit(shape_query=1.0, shape_key=0.5, qk_stats=True, strength=0.7)
-    injection = Injection(edit, None if window == "no reference" else REFERENCE, shape=REFERENCE)
+    injection = Injection(edit, () if window == "no reference" else (REFERENCE,), shape=REFERENCE)
     left = injection.at(appearance=window == "no reference", shape=True)
     assert left == AttentionEdit(reference="none", shape_query=1.0, shape_key=0.5, strength=0.7)
 
@@ -67,16 +67,16 @@ def test_without_appearance_only_the_shape_is_left(window: str) -> None:
 @pytest.mark.parametrize("window", ["closed", "no reference"])
 def test_without_shape_only_the_appearance_is_left(window: str) -> None:
     edit = AttentionEdit(shape_query=1.0, shape_key=0.5, qk_stats=True, strength=0.7)
-    injection = Injection(edit, REFERENCE, shape=None if window == "no reference" else REFERENCE)
+    injection = Injection(edit, (REFERENCE,), shape=None if window == "no reference" else REFERENCE)
     assert injection.at(appearance=True, shape=window == "no reference") == AttentionEdit(qk_stats=True, strength=0.7)
 
 
 def test_nothing_at_work_is_no_edit() -> None:
-    injection = Injection(AttentionEdit(shape_query=1.0, qk_stats=True), REFERENCE, shape=REFERENCE)
+    injection = Injection(AttentionEdit(shape_query=1.0, qk_stats=True), (REFERENCE,), shape=REFERENCE)
     assert injection.at(appearance=False, shape=False) is None
-    assert Injection(AttentionEdit(), REFERENCE, shape=REFERENCE).at(appearance=False, shape=True) is None
+    assert Injection(AttentionEdit(), (REFERENCE,), shape=REFERENCE).at(appearance=False, shape=True) is None
 
 
 def test_matching_statistics_alone_is_an_edit() -> None:
     edit = AttentionEdit(reference="none", qk_stats=True)
-    assert Injection(edit, REFERENCE).at(appearance=True, shape=False) == edit
+    assert Injection(edit, (REFERENCE,)).at(appearance=True, shape=False) == edit

@@ -1,10 +1,27 @@
 """What composition is measured by: the ends of the scale, the order between, and what must not count."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from skimage.color import rgb2lab
 from torch import Tensor
 
-from inversion_core.metrics import appearance_distance, appearance_score, mask_iou
+from demo import world
+from demo.vit import BACKBONE
+from demo.weights import FOLDER
+from inversion_core.features import Backbone, FeatureError, Features, TimmExtractor, load
+from inversion_core.metrics import (
+    CompositionScore,
+    appearance_distance,
+    appearance_score,
+    cls_similarity,
+    color_difference,
+    composition_score,
+    mask_iou,
+    self_similarity_distance,
+)
 
 SIZE = 64
 RED, BLUE, GREEN, YELLOW = (0.9, 0.1, 0.1), (0.1, 0.1, 0.9), (0.1, 0.7, 0.2), (0.9, 0.9, 0.1)
@@ -129,3 +146,106 @@ def test_an_empty_mask_and_equal_ends_are_refused() -> None:
         appearance_distance(flat(RED), flat(BLUE), torch.zeros(SIZE, SIZE), disc())
     with pytest.raises(ValueError, match="look the same"):
         appearance_score(flat(RED), flat(BLUE), flat(BLUE), disc())
+
+
+def features(seed: int, grid: tuple[int, int] = (2, 3), has_cls: bool = True) -> Features:
+    generator = torch.Generator().manual_seed(seed)
+    n = grid[0] * grid[1]
+    tokens = torch.randn(1, n, 8, generator=generator)
+    keys = torch.randn(1, 2, n + 1, 4, generator=generator)
+    cls = torch.randn(1, 8, generator=generator) if has_cls else None
+    cls_key = keys[:, :, 0] if has_cls else None
+    return Features(grid, tokens, tokens, keys[:, :, 1:], cls, cls, cls_key, str(seed))
+
+
+def test_the_self_similarity_distance_by_its_definition() -> None:
+    a, b = features(1), features(2)
+
+    def similarity(one: Features) -> np.ndarray:
+        assert one.cls_key is not None
+        keys = torch.cat((one.cls_key[:, :, None], one.keys), dim=2)[0].permute(1, 0, 2).flatten(1).double().numpy()
+        return np.array([[u @ v / np.linalg.norm(u) / np.linalg.norm(v) for v in keys] for u in keys])
+
+    assert self_similarity_distance(a, b) == pytest.approx(((similarity(a) - similarity(b)) ** 2).mean(), rel=1e-5)
+    assert self_similarity_distance(a, a) == 0
+    without = (replace(a, cls_key=None), replace(b, cls_key=None))
+    expected = ((similarity(a) - similarity(b))[1:, 1:] ** 2).mean()
+    assert self_similarity_distance(*without) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match=r"1 x \(2, 3\) and 1 x \(3, 2\): resize"):
+        self_similarity_distance(a, features(1, (3, 2)))
+
+
+def test_the_cls_similarity_is_a_cosine() -> None:
+    a, b = features(1), features(2)
+    assert a.cls_normed is not None and b.cls_normed is not None
+    u, v = a.cls_normed[0].double().numpy(), b.cls_normed[0].double().numpy()
+    assert cls_similarity(a, b) == pytest.approx(u @ v / np.linalg.norm(u) / np.linalg.norm(v), rel=1e-5)
+    assert cls_similarity(a, a) == pytest.approx(1)
+    with pytest.raises(FeatureError, match="no CLS token"):
+        cls_similarity(features(1, has_cls=False), b)
+
+
+def test_the_colour_difference_is_in_cielab() -> None:
+    expected = np.linalg.norm(rgb2lab(np.array([[RED]])) - rgb2lab(np.array([[BLUE]])))
+    assert color_difference(flat(RED), flat(BLUE, 40)) == pytest.approx(expected, rel=2e-3)
+    half = torch.where((torch.arange(SIZE) < SIZE // 2).expand(SIZE, SIZE), flat(RED), flat(GREEN))
+    left = (torch.arange(SIZE) < SIZE // 2).expand(SIZE, SIZE).float()
+    assert color_difference(half, flat(BLUE), left) == pytest.approx(expected, rel=2e-3)
+    assert color_difference(flat(RED), half, None, left) == pytest.approx(0, abs=1e-3)
+    with pytest.raises(ValueError, match="mask is empty"):
+        color_difference(half, half, left, torch.zeros(SIZE, SIZE))
+
+
+@pytest.fixture(scope="module")
+def demo_vit() -> TimmExtractor:
+    backbone = Backbone(**BACKBONE)
+    return TimmExtractor(load(backbone, FOLDER / backbone.file), backbone)
+
+
+def rendered(factors: world.Factors) -> tuple[Tensor, Tensor]:
+    found = world.render(factors)
+    return torch.from_numpy(found.image).permute(2, 0, 1), torch.from_numpy(found.mask)
+
+
+def test_the_true_composition_scores_above_both_pictures_it_is_made_of(demo_vit: TimmExtractor) -> None:
+    a, b = world.demo_pair()
+    (shape, shape_mask), (appearance, appearance_mask) = rendered(a), rendered(b)
+
+    def score(result: Tensor, mask: Tensor) -> CompositionScore:
+        return composition_score(
+            demo_vit,
+            result,
+            shape,
+            appearance,
+            result_mask=mask,
+            shape_mask=shape_mask,
+            appearance_mask=appearance_mask,
+        )
+
+    true = score(*rendered(world.compose(a, b, a)))
+    own, other = score(shape, shape_mask), score(appearance, appearance_mask)
+    assert (true.backbone, true.block, true.size) == ("demo-vit", 5, 128)
+    assert own.self_similarity_distance == 0
+    assert true.self_similarity_distance < other.self_similarity_distance
+    assert true.cls_similarity is not None and own.cls_similarity is not None and other.cls_similarity is not None
+    assert own.cls_similarity < true.cls_similarity < other.cls_similarity
+    assert other.cls_similarity == pytest.approx(1)
+    assert true.mask_iou == own.mask_iou == 1
+    assert other.mask_iou is not None and other.mask_iou < 0.9
+    assert true.color_difference < 0.5 * own.color_difference
+    assert other.color_difference == 0
+
+
+def test_pictures_may_differ_in_size_and_masks_may_be_missing(demo_vit: TimmExtractor) -> None:
+    a, b = world.demo_pair()
+    (shape, shape_mask), (appearance, appearance_mask) = rendered(a), rendered(b)
+    large = world.render(a, 256)
+    plain = composition_score(demo_vit, shape, torch.from_numpy(large.image).permute(2, 0, 1), appearance)
+    assert plain.mask_iou is None
+    assert plain.self_similarity_distance < 1e-3
+    assert plain.color_difference == pytest.approx(color_difference(shape, appearance))
+    goal = composition_score(
+        demo_vit, shape, shape, appearance, shape_mask=shape_mask, appearance_mask=appearance_mask, size=96, block=2
+    )
+    assert (goal.block, goal.size) == (2, 96)
+    assert goal.color_difference == pytest.approx(color_difference(shape, appearance, shape_mask, appearance_mask))

@@ -1,22 +1,18 @@
-"""References, and the bank that keeps what the model saw in them."""
+"""References: images as the model sees them."""
 
 import copy
 from dataclasses import FrozenInstanceError
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from inversion_core.reference import Reference, ReferenceBank
+from inversion_core.noise import Trajectory
+from inversion_core.reference import Reference
 
 
 def latent(height: int = 6, width: int = 4, seed: int = 0) -> Tensor:
     return torch.randn(1, 4, height, width, generator=torch.Generator().manual_seed(seed))
-
-
-def entry(*sizes: int, dtype: torch.dtype = torch.float32) -> dict:
-    return {i: torch.zeros(size, dtype=dtype) for i, size in enumerate(sizes)}
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 6, 6), (4, 6, 6), (1, 4, 1, 6, 6), (0, 4, 6, 6)])
@@ -87,85 +83,27 @@ def test_the_mask_is_no_part_of_the_key() -> None:
     assert Reference(latent(), torch.ones(1, 1, 6, 4)).content == Reference(latent()).content
 
 
-def test_the_bank_returns_what_it_was_given_and_counts() -> None:
-    bank = ReferenceBank(1000)
-    kept = entry(3, 4)
-    bank.put("a", kept)
-
-    assert bank.get("a") is kept
-    assert bank.get("b") is None
-    assert (bank.hits, bank.misses) == (1, 1)
+def trajectory(seed: int = 1, *, high: float = 8.0, height: int = 6) -> Trajectory:
+    noise = torch.cat([latent(height, seed=seed), latent(height, seed=seed + 1), torch.zeros(1, 4, height, 4)])
+    sigmas = torch.tensor([high, 2.0, 0.0])
+    return Trajectory(sigmas, latent(height) + sigmas.view(3, 1, 1, 1) * noise)
 
 
-def test_bytes_are_those_of_the_tensors_dtype() -> None:
-    bank = ReferenceBank(10_000)
-    bank.put("a", entry(10, 5))
-    assert bank.bytes == 60
-    bank.put("b", entry(10, dtype=torch.float16))
-    assert bank.bytes == 80
+def test_the_noise_at_a_level_is_the_trajectorys_or_else_the_fixed_noise() -> None:
+    plain, inverted = Reference(latent()), Reference(latent(), trajectory=trajectory())
+    for sigma in (0.0, 1.0, 5.0, 20.0):
+        assert torch.equal(plain.noise_at(sigma), plain.noise())
+        assert torch.equal(inverted.noise_at(sigma), trajectory().noise_at(sigma))
+    torch.testing.assert_close(inverted.noise_at(8.0), latent(seed=1))
+    torch.testing.assert_close(inverted.noise_at(2.0), latent(seed=2))
 
 
-def test_putting_a_key_again_replaces_it() -> None:
-    bank = ReferenceBank(100)
-    bank.put("a", entry(20))
-    newer = entry(5)
-    bank.put("a", newer)
-    assert bank.get("a") is newer
-    assert bank.bytes == 20
+def test_the_trajectory_is_part_of_the_key() -> None:
+    choices = [None, trajectory(), trajectory(seed=2), trajectory(high=9.0)]
+    assert len({Reference(latent(), trajectory=choice).content for choice in choices}) == len(choices)
+    assert Reference(latent(), trajectory=trajectory()).content == Reference(latent(), trajectory=trajectory()).content
 
 
-def test_the_least_recently_used_goes_first() -> None:
-    bank = ReferenceBank(120)
-    for key in ("a", "b", "c"):
-        bank.put(key, entry(10))
-    assert bank.get("a") is not None  # now b is the oldest
-    bank.put("d", entry(10))
-
-    assert [key for key in ("a", "b", "c", "d") if bank.get(key) is not None] == ["a", "c", "d"]
-    assert bank.bytes == 120
-
-
-def test_a_large_entry_drops_as_many_as_it_must_and_no_more() -> None:
-    bank = ReferenceBank(120)
-    for key in ("a", "b", "c"):
-        bank.put(key, entry(10))
-    bank.put("d", entry(15))
-    assert [key for key in ("a", "b", "c", "d") if bank.get(key) is not None] == ["c", "d"]
-
-
-def test_an_entry_of_exactly_the_budget_is_kept_and_one_above_it_drops_nothing() -> None:
-    bank = ReferenceBank(40)
-    bank.put("a", entry(10))
-    assert bank.get("a") is not None
-    bank.put("b", entry(11))
-    assert bank.get("b") is None
-    assert bank.get("a") is not None
-    assert bank.bytes == 40
-
-
-def test_a_bank_without_budget_keeps_nothing_and_a_negative_one_is_refused() -> None:
-    bank = ReferenceBank(0)
-    bank.put("a", entry(1))
-    assert bank.get("a") is None
-    with pytest.raises(ValueError, match="budget is -1 bytes"):
-        ReferenceBank(-1)
-
-
-def test_the_books_balance_whatever_happens() -> None:
-    """Against a model of the bank so simple that it is right at sight."""
-    rng = np.random.default_rng(0)
-    bank, model = ReferenceBank(200), []
-    for _ in range(500):
-        key, size = int(rng.integers(6)), 4 * int(rng.integers(0, 60))
-        if rng.random() < 0.5:
-            found = bank.get(key)
-            assert (found is not None) == (key in dict(model))
-            model = [pair for pair in model if pair[0] != key] + [pair for pair in model if pair[0] == key]
-        else:
-            bank.put(key, entry(size // 4))
-            model = [pair for pair in model if pair[0] != key]
-            if size <= 200:
-                model.append((key, size))
-                while sum(size for _, size in model) > 200:
-                    model.pop(0)
-        assert bank.bytes == sum(size for _, size in model) <= 200
+def test_a_trajectory_of_another_size_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"trajectory is of a latent \(1, 4, 5, 4\).*\(1, 4, 6, 4\).*invert this"):
+        Reference(latent(), trajectory=trajectory(height=5))

@@ -65,12 +65,32 @@ def sdxl_patcher() -> Patcher:
     )
 
 
-def _supported(family: Any, **unet: Any) -> Patcher:
+def sd21_patcher() -> Patcher:
+    """SD2.1's UNet block for block, narrow: linear projections, heads of one width, predicts v as its 768 form does."""
+    # ComfyUI tells the two forms by this weight.
+    bias = torch.tensor([-1.0, 1.0])
+    return _supported(
+        comfy.supported_models.SD20,
+        {"output_blocks.11.1.transformer_blocks.0.norm1.bias": bias},
+        channel_mult=[1, 2, 2, 2],
+        num_res_blocks=[2, 2, 2, 2],
+        transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0],
+        transformer_depth_output=[1] * 9 + [0] * 3,
+        transformer_depth_middle=1,
+        use_linear_in_transformer=True,
+        adm_in_channels=None,
+        num_heads=-1,
+        num_head_channels=16,
+    )
+
+
+def _supported(family: Any, weights: dict[str, Tensor] | None = None, **unet: Any) -> Patcher:
     shape = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "context_dim": 128}
     shape |= {"use_spatial_transformer": True, "use_temporal_attention": False, "legacy": False}
     config = family({**shape, **unet})
+    config.unet_config.update(unet)  # the family has put its own width of a head into it
     config.set_inference_dtype(torch.float32, None)
-    return patcher_of(config.get_model({}))
+    return patcher_of(config.get_model(weights or {}))
 
 
 def random(*shape: int, seed: int) -> Tensor:

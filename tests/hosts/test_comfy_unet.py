@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from inversion_core.attention import AttentionEdit
-from inversion_core.hosts import comfy_unet
 from inversion_core.hosts.base import HostError
-from inversion_core.hosts.comfy_unet import attach, default_feature_blocks
-from inversion_core.injection import Injection, Site, Window
+from inversion_core.hosts.comfy_references import BANK, ReferencePasses
+from inversion_core.hosts.comfy_unet import KEY, attach, last_report, sites_of
+from inversion_core.injection import Injection, Window
+from inversion_core.noise import Trajectory
 from inversion_core.reference import Reference
 
 from .models import (
@@ -41,14 +42,14 @@ from .models import (
     with_record_of_site,
 )
 
-FINE = Site("output", 3, 0)
+FINE = "output.3.0"
 """A self-attention of the demo model on the latent's own grid, 16x16."""
 VISIBLE = 1e-3
 """The least largest change, in latents of unit variance, that counts as one; rounding is a hundred times smaller."""
 ROUNDING: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
 
 A, B = Reference(random(1, 4, 16, 16, seed=1)), Reference(random(1, 4, 12, 20, seed=2))
-BOTH = Injection(AttentionEdit(shape_query=1.0), B, shape=A, shape_window=Window(0.0, 0.6))
+BOTH = Injection(AttentionEdit(shape_query=1.0), (B,), shape=A, shape_window=Window(0.0, 0.6))
 LEFT = torch.cat((torch.ones(1, 1, 128, 64), torch.zeros(1, 1, 128, 64)), dim=3)
 
 
@@ -69,7 +70,7 @@ def change(a: Tensor, b: Tensor) -> float:
 
 
 def reads(reference: Reference, **changes: Any) -> Injection:
-    return replace(Injection(AttentionEdit(), reference), **changes)
+    return replace(Injection(AttentionEdit(), (reference,)), **changes)
 
 
 def everything(patcher: Patcher) -> Any:
@@ -101,7 +102,7 @@ def test_the_random_model_is_a_fair_subject(plain: Tensor) -> None:
 
 
 def test_strength_zero_is_the_plain_model_bit_for_bit(model: Patcher, plain: Tensor) -> None:
-    neutral = Injection(AttentionEdit(shape_query=1.0, strength=0.0), B, shape=A)
+    neutral = Injection(AttentionEdit(shape_query=1.0, strength=0.0), (B,), shape=A)
     assert torch.equal(sample(attach(model, neutral), noise=NOISE), plain)
 
 
@@ -132,8 +133,8 @@ def test_runs_are_reproducible_whatever_lies_between(model: Patcher) -> None:
 def test_clones_and_copies_share_the_injection(model: Patcher) -> None:
     patched = attach(model, BOTH)
     kind = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
-    for copied in (patched.clone().get_wrappers(kind, comfy_unet.KEY), copy.deepcopy(patched.wrappers[kind])):
-        (wrapper,) = copied if isinstance(copied, list) else copied[comfy_unet.KEY]
+    for copied in (patched.clone().get_wrappers(kind, KEY), copy.deepcopy(patched.wrappers[kind])):
+        (wrapper,) = copied if isinstance(copied, list) else copied[KEY]
         assert wrapper.injections == (BOTH,)
     assert torch.equal(sample(patched.clone()), sample(patched))
 
@@ -182,20 +183,29 @@ def test_references_change_the_output_each_in_its_own_way(model: Patcher, plain:
             assert change(outputs[first], outputs[second]) > VISIBLE, (first, second)
 
 
-@pytest.mark.parametrize("edit", [AttentionEdit(qk_stats=True), AttentionEdit("normalise")], ids=["stats", "normalise"])
-def test_every_edit_does_what_it_says_or_is_refused(model: Patcher, edit: AttentionEdit) -> None:
-    try:
-        output = sample(attach(model, reads(B, edit=edit)))
-    except HostError:
-        return
-    assert change(output, sample(model)) > VISIBLE
+@pytest.mark.parametrize(
+    "edit",
+    [AttentionEdit("extend", qk_stats=True), AttentionEdit("normalise"), AttentionEdit("none", qk_stats=True)],
+    ids=["extend with statistics", "normalise", "statistics alone"],
+)
+def test_the_edits_beyond_replace_act_too(model: Patcher, plain: Tensor, edit: AttentionEdit) -> None:
+    """On the batch as on its rows one by one, and with a mask only inside it."""
+    together = sample(attach(model, reads(B, edit=edit)), noise=NOISE)
+    assert change(together, plain) > VISIBLE
+    alone = torch.cat([sample(attach(model, reads(B, edit=edit)), noise=one[None]) for one in NOISE])
+    torch.testing.assert_close(together, alone, **ROUNDING)
+    masked = at_the_fine_site(attach(model, reads(B, edit=edit, sites=FINE, mask=LEFT)))
+    untouched = at_the_fine_site(model)
+    assert change(masked[..., :8], untouched[..., :8]) > VISIBLE
+    if edit.reference != "normalise":  # there the keys inside change what the outside reads
+        torch.testing.assert_close(masked[..., 8:], untouched[..., 8:], **ROUNDING)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (8, 24), (15, 9), (33, 7), (2, 2)])
 def test_references_have_any_size(model: Patcher, size: tuple[int, int]) -> None:
     reference = Reference(random(1, 4, *size, seed=3))
     noise = random(1, 4, 13, 18, seed=4)
-    injection = replace(BOTH, appearance=reference, shape=reference, mask=LEFT)
+    injection = replace(BOTH, appearance=(reference,), shape=reference, mask=LEFT)
     output = sample(attach(model, injection), noise=noise)
     assert output.shape == noise.shape
     assert change(output, sample(model, noise=noise)) > VISIBLE
@@ -203,9 +213,10 @@ def test_references_have_any_size(model: Patcher, size: tuple[int, int]) -> None
 
 def test_a_reference_is_passed_once_a_sigma_however_many_read_it(model: Patcher) -> None:
     tall, wide = Reference(random(1, 4, 18, 8, seed=5)), Reference(random(1, 4, 8, 18, seed=6))
-    first = Injection(AttentionEdit(shape_query=1.0), tall, shape=tall)
-    patched = attach(attach(model, first), replace(BOTH, appearance=tall, shape=wide, shape_window=Window()))
+    first = Injection(AttentionEdit(shape_query=1.0), (tall,), shape=tall)
+    patched = attach(attach(model, first), replace(BOTH, appearance=(tall,), shape=wide, shape_window=Window()))
     for runs_together, prepared in ((True, patched), (False, with_low_memory(patched))):
+        BANK.clear()
         with passes(model) as seen:
             sample(prepared, noise=NOISE, positive=POSITIVE + prompt(103), steps=3)
         assert [one["rows"] for one in seen if one["grid"] == (18, 8)] == [1, 1, 1]
@@ -224,17 +235,17 @@ def test_one_picture_may_give_both_through_two_nodes(model: Patcher) -> None:
     """Equal content, two objects: one is encoded with a mask, say. They share a place in the bank."""
     twin = Reference(A.latent)
     assert twin.content == A.content
-    one = replace(BOTH, appearance=A, shape=A)
+    one = replace(BOTH, appearance=(A,), shape=A)
     for pair in ((A, twin), (twin, A)):
-        output = sample(attach(model, replace(one, appearance=pair[0], shape=pair[1])))
+        output = sample(attach(model, replace(one, appearance=(pair[0],), shape=pair[1])))
         assert torch.equal(output, sample(attach(model, one)))
 
 
 def test_twins_may_be_read_at_different_sites(model: Patcher) -> None:
     twin = Reference(A.latent)
-    coarse = frozenset({Site("output", 1, 0)})
-    two = attach(attach(model, reads(A, sites=coarse)), reads(twin, sites=frozenset({FINE})))
-    same = attach(attach(model, reads(A, sites=coarse)), reads(A, sites=frozenset({FINE})))
+    coarse = "output.1"
+    two = attach(attach(model, reads(A, sites=coarse)), reads(twin, sites=FINE))
+    same = attach(attach(model, reads(A, sites=coarse)), reads(A, sites=FINE))
     assert torch.equal(sample(two), sample(same))
 
 
@@ -244,18 +255,20 @@ def test_what_the_reference_mask_hides_cannot_reach_the_output(model: Patcher, m
     mask[..., :8] = 1
     patched = attach(model, reads(replace(B, mask=mask)))
     expected = sample(patched)
-    capture = comfy_unet._Run._capture
+    captured = ReferencePasses._pass
 
     def spoil(visible: bool) -> None:
-        def captured(*args: Any) -> dict:
-            states = {key: state.clone() for key, state in capture(*args).items()}
+        BANK.clear()
+
+        def spoilt(*args: Any) -> dict:
+            states = {key: state.clone() for key, state in captured(*args).items()}
             for state in states.values():
                 middle = state.shape[-1] * 8 // 20
                 part = state[..., :middle] if visible else state[..., middle:]
                 part.fill_(3.0 if visible else float("nan"))
             return states
 
-        monkeypatch.setattr(comfy_unet._Run, "_capture", captured)
+        monkeypatch.setattr(ReferencePasses, "_pass", spoilt)
 
     spoil(visible=False)
     assert torch.equal(sample(patched), expected)
@@ -361,7 +374,7 @@ def test_a_region_takes_its_own_part_of_the_output_mask(model: Patcher) -> None:
     for left, edited in ((0, True), (8, False)):
         positive = prompt(101, area=(16, 8, 0, left))
         outputs = []
-        for prepared in (model, attach(model, reads(B, mask=LEFT, sites=frozenset({FINE})))):
+        for prepared in (model, attach(model, reads(B, mask=LEFT, sites=FINE))):
             recording, seen = with_record_of_site(prepared, "output", 3)
             sample(recording, positive=positive, cfg=1.0, steps=1)
             outputs.append(torch.cat(seen))
@@ -400,7 +413,7 @@ def at_the_fine_site(model: Patcher) -> Tensor:
 
 
 def test_outside_the_output_mask_the_attention_is_the_plain_one(model: Patcher) -> None:
-    injection = reads(B, mask=LEFT, sites=frozenset({FINE}))
+    injection = reads(B, mask=LEFT, sites=FINE)
     before, after = at_the_fine_site(model), at_the_fine_site(attach(model, injection))
     everywhere = at_the_fine_site(attach(model, replace(injection, mask=None)))
 
@@ -413,7 +426,7 @@ def test_outside_the_output_mask_the_attention_is_the_plain_one(model: Patcher) 
 def test_other_sites_are_left_alone(model: Patcher) -> None:
     """The sites before the one chosen: the rest of the network follows it."""
     outputs = []
-    for prepared in (model, attach(model, reads(B, sites=frozenset({FINE})))):
+    for prepared in (model, attach(model, reads(B, sites=FINE))):
         recording, seen = with_record_of_site(prepared, "output", 2)
         sample(recording, steps=1)
         outputs += seen
@@ -421,7 +434,7 @@ def test_other_sites_are_left_alone(model: Patcher) -> None:
 
 
 def test_injections_with_disjoint_masks_do_not_disturb_each_other(model: Patcher) -> None:
-    only = frozenset({FINE})
+    only = FINE
     left, right = reads(B, mask=LEFT, sites=only), reads(A, mask=1 - LEFT, sites=only)
     alone = [at_the_fine_site(attach(model, one)) for one in (left, right)]
     for order in ((left, right), (right, left)):
@@ -490,7 +503,7 @@ HALF_HIDDEN = replace(B, mask=torch.cat((torch.ones(1, 1, 12, 10), torch.zeros(1
 @pytest.mark.parametrize("first", ["theirs", "ours"])
 @pytest.mark.parametrize("hook", HOOKS)
 def test_another_packs_hook_still_works_where_we_inject(model: Patcher, hook: str, first: str) -> None:
-    injection = reads(HALF_HIDDEN, sites=frozenset({FINE}))
+    injection = reads(HALF_HIDDEN, sites=FINE)
     results = {}
     for gain in (1.0, 0.0):
         other = OtherPack(gain)
@@ -526,24 +539,33 @@ def test_their_options_are_as_before_after_the_run(model: Patcher) -> None:
     assert everything(patched) == before
 
 
-def test_a_patch_that_merges_tokens_is_refused_by_name_of_the_place(model: Patcher) -> None:
-    patched = attach(model, reads(B))
+def test_a_patch_that_changes_the_tokens_but_not_what_belongs_to_them_is_refused(model: Patcher) -> None:
+    patched = attach(model, replace(BOTH, sites="output.0"))
 
     def merge(n: Tensor, context: Tensor, value: Tensor, extra: dict) -> tuple[Tensor, Tensor, Tensor]:
-        return (n[:, ::2] if extra["block"][0] == "output" else n), context, value
+        if extra["block"] != ("output", 0):
+            return n, context, value
+        if n.shape[2] > 128:
+            raise RuntimeError("only the model's own channels are expected here")
+        return n[:, ::2], context, value
 
     patched.set_model_attn1_patch(merge)
-    with pytest.raises(HostError, match=r"'output', number=0.*from 8x8 to 32 a row.*HyperTile"):
+    with pytest.raises(HostError, match=r"'output', 0.*changes the number of tokens.*disable that patch"):
         sample(patched)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("injection", [reads(B, window=Window(1.0, 1.0)), reads(B, sites=frozenset())])
-def test_an_injection_that_never_acts_is_an_error(model: Patcher, injection: Injection) -> None:
+def test_an_injection_that_never_acts_is_an_error(model: Patcher) -> None:
     with pytest.raises(HostError, match=r"changed nothing.*Widen start and end percent.*denoise"):
-        sample(attach(model, injection))
+        sample(attach(model, reads(B, window=Window(1.0, 1.0))))
+
+
+@pytest.mark.parametrize("sites", ["output.9", "decoder, nonsense", "", "decoder[9:]"])
+def test_sites_that_the_model_lacks_are_refused_with_those_it_has(model: Patcher, sites: str) -> None:
+    with pytest.raises(ValueError, match=r"means no self-attention.*input\.1, .*output\.3.*allowed besides"):
+        attach(model, reads(B, sites=sites))
 
 
 def test_a_window_before_a_partial_denoise_is_an_error(model: Patcher) -> None:
@@ -566,17 +588,59 @@ def test_an_unknown_model_family_is_refused_by_its_name() -> None:
 
 @pytest.mark.parametrize("role", ["appearance", "shape"])
 def test_a_reference_of_another_vae_is_refused(model: Patcher, role: str) -> None:
-    wide = Reference(random(1, 16, 8, 8, seed=8))
+    wide: Any = Reference(random(1, 16, 8, 8, seed=8))
     with pytest.raises(HostError, match=r"16 latent channels.*works with 4.*VAE"):
-        attach(model, replace(BOTH, **{role: wide}))
+        attach(model, replace(BOTH, **{role: (wide,) if role == "appearance" else wide}))
+
+
+def test_an_inversion_is_read_along_its_way_and_only_by_its_own_kind_of_model(model: Patcher) -> None:
+    sigmas = torch.tensor([20.0, 5.0, 1.0, 0.0])
+    noise = random(4, 4, 12, 20, seed=21)
+    inverted = replace(B, trajectory=Trajectory(sigmas, B.latent + sigmas.view(4, 1, 1, 1) * noise))
+    assert change(sample(attach(model, reads(inverted))), sample(attach(model, reads(B)))) > VISIBLE
+    with pytest.raises(HostError, match=r"inverted with another kind of model than this one.*Invert Reference"):
+        attach(sd15_patcher(), reads(inverted))
 
 
 # --- the families -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "blocks"), [(demo_patcher, {1}), (sd15_patcher, {4}), (sdxl_patcher, {3})])
-def test_the_default_feature_block_lies_a_third_up_the_decoder(family: Any, blocks: set[int]) -> None:
-    assert default_feature_blocks(family().model.diffusion_model) == blocks
+SITES = {
+    demo_patcher: "input.1 1, input.3 2, middle.0 2, output.0 2, output.1 2, output.2 1, output.3 1",
+    sd15_patcher: "input.1 1, input.2 1, input.4 2, input.5 2, input.7 4, input.8 4, middle.0 8, output.3 4, "
+    "output.4 4, output.5 4, output.6 2, output.7 2, output.8 2, output.9 1, output.10 1, output.11 1",
+}
+"""Each block with self-attention and its scale, as SD1.5's published configuration has them."""
+
+
+@pytest.mark.parametrize("family", SITES)
+def test_the_sites_of_a_family_have_its_own_names_and_scales(family: Any) -> None:
+    found = sites_of(family().model.diffusion_model)
+    assert ", ".join(f"{site.block} {site.scale}" for site in found) == SITES[family]
+
+
+@pytest.mark.parametrize(("family", "block"), [(demo_patcher, 1), (sd15_patcher, 4), (sdxl_patcher, 1)])
+def test_features_enter_after_the_decoders_first_block_with_attention(family: Any, block: int) -> None:
+    model, noise, extra = family(), random(1, 4, 16, 16, seed=9), {}
+    if family is sdxl_patcher:
+        extra = {"pooled_output": random(1, POOLED, seed=10)}
+    entered: dict[bool, list[Tensor]] = {}
+    for edited in (False, True):
+        shape = Injection(AttentionEdit("none", shape_query=1.0), shape=A, shape_sites="output.99?")
+        clone = attach(model, shape) if edited else model.clone()
+        seen = entered.setdefault(edited, [])
+
+        def look(h: Tensor, skip: Tensor, options: dict, seen: list[Tensor] = seen) -> tuple[Tensor, Tensor]:
+            seen.append(h.clone())
+            return h, skip
+
+        guider_patch = clone.clone()
+        guider_patch.set_model_output_block_patch(look)
+        sample(
+            guider_patch, noise=noise, positive=prompt(101, **extra), negative=prompt(102, **extra), steps=1, cfg=1.0
+        )
+    same = [torch.equal(a, b) for a, b in zip(entered[False], entered[True], strict=True)]
+    assert same.index(False) == block + 1  # their patch looks before ours writes: the change shows one block later
 
 
 @pytest.mark.parametrize("family", [sd15_patcher, sdxl_patcher])
@@ -601,20 +665,11 @@ def test_every_decoder_self_attention_of_sdxl_is_edited() -> None:
     """Several transformer blocks a place: each is a site of its own."""
     model = sdxl_patcher()
     extra = {"pooled_output": random(1, POOLED, seed=10)}
-    seen: list[Site] = []
-    run = comfy_unet._Run
-    with pytest.MonkeyPatch.context() as patch:
-        attention = run.attention
-
-        def record(self: Any, *args: Any) -> Tensor:
-            seen.append(self._call.site)
-            return attention(self, *args)
-
-        patch.setattr(run, "attention", record)
-        sample(attach(model, reads(B)), positive=prompt(101, **extra), negative=prompt(102, **extra), steps=1)
-    assert seen == [
-        Site("output", number, index) for number, depth in enumerate((2, 2, 2, 1, 1, 1)) for index in range(depth)
-    ]
+    patched = attach(model, reads(B))
+    sample(patched, positive=prompt(101, **extra), negative=prompt(102, **extra), steps=2)
+    assert last_report(patched).calls == {
+        f"output.{number}.{index}": 2 for number, depth in enumerate((2, 2, 2, 1, 1, 1)) for index in range(depth)
+    }
 
 
 def test_sdxls_reference_has_its_own_size_and_the_negatives_pooled_text() -> None:

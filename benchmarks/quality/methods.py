@@ -1,0 +1,177 @@
+"""The methods. Each makes one picture of a pair with the demo model, at the same steps and from the same noise."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import comfy.sample
+import torch
+from torch import Tensor
+
+from demo.generate import encode_prompts
+from demo.model import DemoModel
+from inversion_core.hosts import comfy_color, comfy_unet
+from inversion_core.hosts.comfy_color import ColorGuidance
+from inversion_core.hosts.comfy_references import BANK
+from inversion_core.presets import PRESETS, Preset
+from inversion_core.reference import Reference
+
+from .pairs import Pair, batch
+
+STEPS = 20
+CFG = 3.0
+
+
+class Result(NamedTuple):
+    """A picture (H, W, 3) in [0, 1], the rows that went through the UNet for it, and the seconds it took."""
+
+    picture: Tensor
+    rows: int
+    seconds: float
+
+
+Method = Callable[["Studio", Pair], Result]
+
+
+@dataclass
+class Studio:
+    """The demo model and what several methods need of a pair."""
+
+    demo: DemoModel
+    _references: dict[tuple[int, str], Reference] = field(default_factory=dict)
+
+    def reference(self, pair: Pair, role: str) -> Reference:
+        """A reference of a pair with its mask: "a", "flat a" (its inside one colour, as `flatten` makes it) or "b"."""
+        key = (pair.seed, role)
+        if key not in self._references:
+            rendered = pair.appearance if role == "b" else pair.shape
+            picture = batch(rendered)
+            if role == "flat a":
+                inside = torch.from_numpy(rendered.mask)[None, ..., None]
+                mean = (picture * inside).sum((1, 2), keepdim=True) / inside.sum()
+                picture = picture.lerp(mean.expand_as(picture), inside)
+            latent = self.demo.vae.encode(picture).detach().to("cpu", torch.float32).clone()
+            mask = torch.from_numpy(rendered.mask)[None, None]
+            on_grid = torch.nn.functional.interpolate(mask, size=latent.shape[-2:], mode="area")
+            self._references = {k: v for k, v in self._references.items() if k[0] == pair.seed}
+            self._references[key] = Reference(latent, on_grid)
+        return self._references[key]
+
+    def sample(
+        self, pair: Pair, prompt: str, *, model: Any = None, cfg: float = CFG, negative: str = "", denoise: float = 1.0
+    ) -> Result:
+        """One picture by the stock sampler; from A's own latent where `denoise` is below 1. Rows are counted."""
+        rows = 0
+
+        def count(module: Any, args: tuple) -> None:
+            nonlocal rows
+            rows += args[0].shape[0]
+
+        latent = torch.zeros(1, 4, 16, 16)
+        if denoise < 1:
+            latent = self.reference(pair, "a").latent
+        hook = self.demo.model.model.diffusion_model.register_forward_pre_hook(count)
+        BANK.clear()  # every method pays for its references
+        started = time.perf_counter()
+        try:
+            samples = comfy.sample.sample(
+                model or self.demo.model,
+                comfy.sample.prepare_noise(latent, pair.seed),
+                STEPS,
+                cfg,
+                "euler",
+                "normal",
+                encode_prompts(self.demo, [prompt]),
+                encode_prompts(self.demo, [negative]),
+                latent,
+                denoise=denoise,
+                disable_pbar=True,
+                seed=pair.seed,
+            )
+            picture = self.demo.vae.decode(samples)[0]
+        finally:
+            hook.remove()
+        return Result(picture.float().cpu(), rows, time.perf_counter() - started)
+
+
+def neutral(pair: Pair) -> str:
+    """What every composition is prompted with: the place, and that there is something."""
+    return f"a shape on {pair.a.background}"
+
+
+def described(pair: Pair) -> str:
+    """All that words can say of the answer but the shape's name, which the model never learned."""
+    return f"a {pair.b.appearance.colour} {pair.b.appearance.texture} shape on {pair.a.background}"
+
+
+def _shown(which: str, studio: Studio, pair: Pair) -> Result:
+    return Result(torch.from_numpy(getattr(pair, which).image), 0, 0.0)
+
+
+def _prompted(words: Callable[[Pair], str], studio: Studio, pair: Pair, denoise: float = 1.0) -> Result:
+    return studio.sample(pair, words(pair), denoise=denoise)
+
+
+def injected(
+    preset: Preset,
+    studio: Studio,
+    pair: Pair,
+    *,
+    color: float = 1.0,
+    cfg: float = CFG,
+    shape: Literal["a", "flat a"] | None = "a",
+    words: Callable[[Pair], str] = neutral,
+) -> Result:
+    """A preset on a pair, with its colour step, as the node KV Injection does it.
+
+    Only Cross-Image Attention steers with cfg from the plain to the edited prediction: both its prompts are the same.
+    """
+    a, b = studio.reference(pair, "a"), studio.reference(pair, "b")
+    layout = None if shape is None else studio.reference(pair, shape)
+    model = comfy_unet.attach(studio.demo.model, *preset.injections([b], layout))
+    if preset.color is not None and color > 0:
+        guidance = ColorGuidance(b, strength=color, window=preset.color, mask=a.mask, required=False)
+        model = comfy_color.attach(model, guidance)
+    prompt = words(pair)
+    return studio.sample(pair, prompt, model=model, cfg=cfg, negative=prompt if preset.name == "cross-image" else "")
+
+
+def _colored(studio: Studio, pair: Pair) -> Result:
+    guidance = ColorGuidance(studio.reference(pair, "b"), mask=studio.reference(pair, "a").mask)
+    return studio.sample(pair, neutral(pair), model=comfy_color.attach(studio.demo.model, guidance))
+
+
+BASELINES: dict[str, Method] = {
+    "A itself": partial(_shown, "shape"),
+    "B itself": partial(_shown, "appearance"),
+    "prompt only": partial(_prompted, neutral),
+    "full prompt (cap of the words)": partial(_prompted, described),
+    **{f"img2img {share}": partial(_prompted, described, denoise=share) for share in (0.4, 0.6, 0.8)},
+}
+ATTENTION: dict[str, Method] = {name: partial(injected, preset) for name, preset in PRESETS.items()}
+OURS: dict[str, Method] = {
+    "default + flat shape": partial(injected, PRESETS["default"], shape="flat a"),
+    "default + flat shape + full prompt": partial(injected, PRESETS["default"], shape="flat a", words=described),
+    "default + full prompt": partial(injected, PRESETS["default"], words=described),
+    "default - colour": partial(injected, PRESETS["default"], color=0.0),
+    "default - shape": partial(injected, PRESETS["default"], shape=None),
+    "colour guidance alone": _colored,
+}
+
+PRESET_PAGE: dict[str, Method] = {
+    "prompt only": BASELINES["prompt only"],
+    **ATTENTION,
+    "default + flat shape": OURS["default + flat shape"],
+}
+
+GROUPS: dict[str, dict[str, Method]] = {
+    "baselines": BASELINES,
+    "attention": ATTENTION,
+    "ours": OURS,
+    "presets": PRESET_PAGE,
+}
+"""What `--only` chooses among."""

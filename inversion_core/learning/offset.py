@@ -1,0 +1,134 @@
+"""A low-rank change of a model's linear layers, added to what they give: the layers themselves are never touched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .model import Attention, LearningError
+
+Kind = Literal["self", "cross"]
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Where an offset goes.
+
+    Attributes:
+        kinds: of attention.
+        projections: of each: "to_q", "to_k", "to_v".
+        within: beginnings of the attentions' names, such as ``output_blocks.0.1.`` of SDXL, B-LoRA's block of content
+            (arXiv 2403.14572); all without it.
+    """
+
+    kinds: tuple[Kind, ...]
+    projections: tuple[str, ...] = ("to_k", "to_v")
+    within: tuple[str, ...] = ("",)
+
+    def layers(self, attentions: Mapping[str, Attention]) -> dict[str, nn.Module]:
+        """The chosen linear layers: ``<attention>.<projection>`` -> layer.
+
+        Raises:
+            LearningError: nothing is left.
+        """
+        chosen = {
+            f"{name}.{projection}": attention.projections[projection]
+            for name, attention in attentions.items()
+            if attention.kind in self.kinds and name.startswith(self.within)
+            for projection in self.projections
+        }
+        if not chosen:
+            raise LearningError(
+                f"no attention of kind {' or '.join(self.kinds)} lies within {', '.join(self.within)}: "
+                f"the model has {', '.join(sorted(attentions)) or 'none'}"
+            )
+        return chosen
+
+
+SHAPE_SITES = Sites(("cross",))
+APPEARANCE_SITES = Sites(("self",))
+
+
+class LowRank(nn.Module):
+    """``scale * up(down(x))``, zero at the start."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(inputs)
+        self.down = nn.Parameter((torch.rand(rank, inputs, generator=generator) * 2 - 1) * bound)
+        self.up = nn.Parameter(torch.zeros(outputs, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+
+
+class Offset(nn.Module):
+    """Low-rank offsets for several linear layers.
+
+    Args:
+        sizes: layer name -> (inputs, outputs).
+        rank: of each offset; at most the smaller side of its layer.
+        seed: of the random half. The other half is zero.
+    """
+
+    def __init__(self, sizes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> None:
+        super().__init__()
+        if rank < 1:
+            raise LearningError(f"the offset's rank is {rank}, but it must be at least 1")
+        generator = torch.Generator().manual_seed(seed)
+        self.names = tuple(sorted(sizes))
+        self._layers = nn.ModuleList(LowRank(*sizes[name], min(rank, *sizes[name]), generator) for name in self.names)
+
+    def weights(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Layer name -> (up (out, r), down (r, in)): the layer's weight would change by ``up @ down``."""
+        return {name: (layer.up, layer.down) for name, layer in self._named()}
+
+    def _named(self) -> Iterator[tuple[str, Any]]:
+        return zip(self.names, self._layers, strict=True)
+
+    @contextmanager
+    def applied(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+        """While inside, each named layer gives ``W x + up(down(x))``. The layers lose the hook whatever happens."""
+        handles = []
+        try:
+            for name, layer in self._named():
+                handles.append(layers[name].register_forward_hook(_adding(layer)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _adding(change: LowRank) -> Any:
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + change(inputs[0]).to(output.dtype)
+
+    return hook
+
+
+@contextmanager
+def recorded(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """While inside, what each layer last gave is put into the dictionary under its name."""
+    seen: dict[str, Tensor] = {}
+    handles = []
+
+    def recording(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            seen[name] = output
+
+        return hook
+
+    try:
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_hook(recording(name)))
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,64 @@
+"""What to learn and how, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .inversion import Kind
+from .model import LearningError
+from .offset import Sites
+from .token import require_name
+from .trainer import Stage
+
+OBJECTIVES = {
+    "diffusion": "the diffusion loss as the model was trained, mostly inside the mask",
+    "min_snr": "the same, weighted by min-SNR: less high noise, less detail",
+    "attention_on_mask": "the picture reads the token inside the mask and nowhere else (Break-A-Scene)",
+    "attention_distillation": "self-attention gives what it would give over the reference (Attention Distillation)",
+    "moments": "mean and deviation of the predicted latent inside the mask are the reference's",
+}
+"""Names a stage may weigh, and what they ask for."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to learn and how. Everything here enters the hash of a training.
+
+    Attributes:
+        kind: of the inversion.
+        name: of the token, without brackets.
+        class_word: the words it begins as, such as "chair"; several words begin several vectors.
+        stages: see `recipes`.
+        vectors: learned vectors for each text encoder.
+        rank: of the offset.
+        variants: augmented pictures that are made, encoded and kept.
+        seed: of everything random.
+        beside: words that stand for what the pictures also show and another, frozen, inversion explains, such as
+            ``<chair>``; half of an appearance's variants then keep their geometry, and their prompts name it.
+        sites: where the offset goes; None: cross-attention's keys and values for a shape, self-attention's for an
+            appearance.
+    """
+
+    kind: Kind
+    name: str
+    class_word: str
+    stages: tuple[Stage, ...]
+    vectors: int = 1
+    rank: int = 8
+    variants: int = 64
+    seed: int = 0
+    beside: str = ""
+    sites: Sites | None = None
+
+    def __post_init__(self) -> None:
+        require_name(self.name)
+        if self.variants < 1 or not self.stages:
+            raise LearningError(
+                f"the plan has {len(self.stages)} stages on {self.variants} variants, but needs at least one of each"
+            )
+        for stage in self.stages:
+            if not stage.objectives or not stage.objectives.keys() <= OBJECTIVES.keys():
+                raise LearningError(
+                    f"stage {stage.name!r} has the objectives {', '.join(stage.objectives) or 'none'}; "
+                    f"known are {', '.join(OBJECTIVES)}"
+                )

@@ -1,0 +1,272 @@
+"""Shape Inversion and Appearance Inversion learn a token and an offset; Apply, Save and Load Inversion use them."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..inversion_core.hosts.comfy_inversion import apply_inversion
+from ..inversion_core.learning.files import load_inversion
+from ..inversion_core.learning.plan import Plan
+from ..inversion_core.learning.recipes import APPEARANCE_OBJECTIVES, SPENDING, Quality, stages
+from .folders import INVERSIONS
+from .inversion_files import save
+from .sockets import Inversion
+from .training import fitted, learned
+
+CATEGORY = "shape & appearance/inversion"
+_QUALITY = "How much is spent on a step: pictures at once, size of the token and of the offset."
+
+
+def _common(name: str, class_word: str) -> list:
+    return [
+        io.String.Input("token", default=name, tooltip="What stands for it in prompts, between < and >."),
+        io.String.Input("class_word", default=class_word, tooltip="What it is in plain words; learning begins there."),
+        io.Int.Input("steps", default=300, min=1, max=100_000, tooltip="More learn closer, and may obey prompts less."),
+        io.Combo.Input("quality", options=list(get_args(Quality)), default="balanced", tooltip=_QUALITY),
+    ]
+
+
+def _advanced() -> list:
+    return [
+        io.Int.Input("seed", default=0, min=0, max=2**53, tooltip="Of noise, variants and the offset's beginning."),
+        io.Int.Input(
+            "size",
+            default=512,
+            min=64,
+            max=2048,
+            step=64,
+            tooltip="Larger pictures are reduced to this side. 512 suits SD1.x, 1024 SDXL; nothing is enlarged.",
+        ),
+    ]
+
+
+def _outputs() -> list:
+    return [
+        Inversion.Output(tooltip="For Apply Inversion and Save Inversion."),
+        io.Image.Output(display_name="loss plot", tooltip="The loss on fixed noise, step by step."),
+        io.String.Output(display_name="report", tooltip="Steps, time and losses."),
+    ]
+
+
+class ShapeInversion(io.ComfyNode):
+    """MODEL, CLIP, VAE, IMAGE and MASK -> INVERSION."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ShapeAppearanceShapeInversion",
+            display_name="Shape Inversion",
+            category=CATEGORY,
+            description=(
+                "Learns the shape of an object from one to five pictures, free of its colours and textures: a word for "
+                "prompts and a small change of cross-attention. The model itself is not changed."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="An SD1.x, SD2.x or SDXL model, or the demo model; LoRAs included."),
+                io.Clip.Input("clip", tooltip="The text encoder that belongs to it."),
+                io.Vae.Input("vae", tooltip="The VAE that belongs to it."),
+                io.Image.Input("images", tooltip="One to five pictures of the object."),
+                io.Mask.Input("mask", tooltip="Where the object is: one mask for all, or one for each picture."),
+                *_common("my-shape", "shape"),
+                *_advanced(),
+            ],
+            outputs=_outputs(),
+        )
+
+    @classmethod
+    def execute(cls, model, clip, vae, images, mask, token, class_word, steps, quality, seed, size) -> io.NodeOutput:
+        spent = SPENDING[quality]
+        plan = Plan(
+            kind="shape",
+            name=token,
+            class_word=class_word,
+            stages=stages("shape", steps, spent.batch),
+            vectors=spent.vectors,
+            rank=spent.rank,
+            variants=spent.variants,
+            seed=seed,
+        )
+        return io.NodeOutput(*learned(model, clip, vae, *fitted(images, mask, size), plan))
+
+
+class AppearanceInversion(io.ComfyNode):
+    """MODEL, CLIP, VAE, IMAGE and optional MASK and shape INVERSION -> INVERSION."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ShapeAppearanceAppearanceInversion",
+            display_name="Appearance Inversion",
+            category=CATEGORY,
+            description=(
+                "Learns colours, texture and material from one to five pictures, free of the shape: a word for prompts "
+                "and a small change of self-attention. The model itself is not changed."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="An SD1.x, SD2.x or SDXL model, or the demo model; LoRAs included."),
+                io.Clip.Input("clip", tooltip="The text encoder that belongs to it."),
+                io.Vae.Input("vae", tooltip="The VAE that belongs to it."),
+                io.Image.Input("images", tooltip="One to five pictures of the material."),
+                io.Mask.Input("mask", optional=True, tooltip="Where it is to be seen. Without it, everywhere."),
+                Inversion.Input(
+                    "shape",
+                    optional=True,
+                    tooltip="The shape in these pictures, learned before: it stays as it is, and what it explains is "
+                    "not learned again.",
+                ),
+                *_common("my-look", "texture"),
+                io.Combo.Input(
+                    "objective",
+                    options=list(APPEARANCE_OBJECTIVES),
+                    default="attention",
+                    tooltip="What is learned by, beside the diffusion loss. attention: self-attention does as over the "
+                    "reference. moments: mean and contrast of the latent. diffusion: nothing else.",
+                ),
+                *_advanced(),
+            ],
+            outputs=_outputs(),
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        clip,
+        vae,
+        images,
+        token,
+        class_word,
+        steps,
+        quality,
+        objective,
+        seed,
+        size,
+        mask=None,
+        shape=None,
+    ) -> io.NodeOutput:
+        spent = SPENDING[quality]
+        plan = Plan(
+            kind="appearance",
+            name=token,
+            class_word=class_word,
+            stages=stages("appearance", steps, spent.batch, objective),
+            vectors=spent.vectors,
+            rank=spent.rank,
+            variants=spent.variants,
+            seed=seed,
+            beside="" if shape is None else f"<{shape.name}>",
+        )
+        if shape is not None:
+            model, clip = apply_inversion(model, clip, shape)
+        return io.NodeOutput(*learned(model, clip, vae, *fitted(images, mask, size), plan))
+
+
+class ApplyInversion(io.ComfyNode):
+    """MODEL, CLIP and INVERSION -> MODEL and CLIP."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ShapeAppearanceApplyInversion",
+            display_name="Apply Inversion",
+            category=CATEGORY,
+            description=(
+                "Teaches model and text encoder what was learned: write <name> in any CLIP Text Encode after it, with "
+                "weights as usual, such as (<name>:1.3). Several can follow one another."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="A model of the family the inversion was learned on."),
+                io.Clip.Input("clip", tooltip="The text encoder that belongs to it."),
+                Inversion.Input("inversion", tooltip="What was learned."),
+                io.Float.Input(
+                    "token_strength",
+                    default=1.0,
+                    min=-2.0,
+                    max=2.0,
+                    step=0.01,
+                    tooltip="0: <name> means the class word it began as. 1: what was learned.",
+                ),
+                io.Float.Input(
+                    "offset_strength",
+                    default=1.0,
+                    min=-2.0,
+                    max=2.0,
+                    step=0.01,
+                    tooltip="How much of the learned change the model's weights get. 0: none.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="For the sampler. The one put in is unchanged."),
+                io.Clip.Output(tooltip="For CLIP Text Encode. The one put in is unchanged."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, clip, inversion, token_strength, offset_strength) -> io.NodeOutput:
+        return io.NodeOutput(*apply_inversion(model, clip, inversion, token_strength, offset_strength))
+
+
+class SaveInversion(io.ComfyNode):
+    """INVERSION -> a file in models/inversions, and on request a stock embedding and LoRA."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ShapeAppearanceSaveInversion",
+            display_name="Save Inversion",
+            category=CATEGORY,
+            description="Keeps what was learned, with its picture and settings, in models/inversions.",
+            is_output_node=True,
+            inputs=[
+                Inversion.Input("inversion", tooltip="What was learned."),
+                io.String.Input("filename", default="my-inversion", tooltip="Without folder and extension."),
+                io.Boolean.Input(
+                    "stock_files",
+                    default=False,
+                    tooltip="Also write models/embeddings/<token> and models/loras/<filename>: 'embedding:' in a "
+                    "prompt and Load LoRA then do the same without this pack.",
+                ),
+                io.Boolean.Input("overwrite", default=False, tooltip="Whether files of the same name are replaced."),
+            ],
+            outputs=[],
+        )
+
+    @classmethod
+    def execute(cls, inversion, filename, stock_files, overwrite) -> io.NodeOutput:
+        written = save(inversion, filename, overwrite, stock_files)
+        return io.NodeOutput(ui=ui.PreviewText("\n".join(map(str, written))))
+
+
+class LoadInversion(io.ComfyNode):
+    """A file of models/inversions -> INVERSION, its picture and its settings."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ShapeAppearanceLoadInversion",
+            display_name="Load Inversion",
+            category=CATEGORY,
+            description="Reads what Save Inversion wrote, and shows the picture it was learned from.",
+            inputs=[io.Combo.Input("inversion", options=INVERSIONS.names(), tooltip="A file of models/inversions.")],
+            outputs=[
+                Inversion.Output(tooltip="For Apply Inversion."),
+                io.String.Output(display_name="about", tooltip="What it is and how it was learned."),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, inversion) -> str:
+        return f"{INVERSIONS.path(inversion).stat().st_mtime_ns}"
+
+    @classmethod
+    def execute(cls, inversion) -> io.NodeOutput:
+        found = load_inversion(INVERSIONS.path(inversion))
+        about = f"{found.kind} <{found.name}> for {found.family}, begun as {found.settings.get('class_word')!r}"
+        shown = None
+        if found.preview is not None:
+            shown = ui.PreviewImage(found.preview[None].to(torch.float32) / 255, cls=cls)
+        return io.NodeOutput(found, about, ui=shown)

@@ -1,0 +1,140 @@
+"""What Shape Inversion and Appearance Inversion share: pictures made ready, learning with progress, results reused."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import comfy.model_management
+import comfy.utils
+import latent_preview
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ..inversion_core.hosts.comfy_learning import fingerprint, learning_model
+from ..inversion_core.learning.files import load_inversion, save_inversion
+from ..inversion_core.learning.inversion import Inversion
+from ..inversion_core.learning.learn import job_of, learn
+from ..inversion_core.learning.lesson import InversionLesson
+from ..inversion_core.learning.material import digest_of, prepare, require_pictures
+from ..inversion_core.learning.plan import Plan
+from ..inversion_core.learning.trainer import History, Progress
+from .inversion_files import finished, unfinished
+from .loss_plot import loss_plot
+from .picture_mask import picture_mask
+
+CELL = 64
+"""Sides of training pictures are multiples of this where they are large enough: 8 pixels a latent cell, and as many
+cells as a UNet halves evenly."""
+
+
+class Learned(NamedTuple):
+    """A node's three outputs."""
+
+    inversion: Inversion
+    plot: Tensor
+    report: str
+
+
+def fitted(images: Tensor, mask: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
+    """Pictures (B, H, W, 3) at most `size` on a side, cut at the centre to even sides, and their masks (B, H, W)."""
+    pictures = images[..., :3].float().cpu()
+    masks = torch.ones(pictures.shape[:3])
+    if mask is not None:
+        masks = picture_mask(mask, images, "the mask").cpu().expand(len(pictures), -1, -1)
+    height, width = pictures.shape[1:3]
+    scale = min(1.0, size / max(height, width))
+    sides = [round(side * scale) for side in (height, width)]
+    both = torch.cat([pictures, masks[..., None]], dim=3).permute(0, 3, 1, 2)
+    if scale < 1:
+        both = F.interpolate(both, size=sides, mode="area")
+    cut = [side - side % (CELL if side >= CELL else 8) for side in sides]
+    if min(cut) == 0:
+        raise ValueError(f"the picture is {width}x{height} pixels at size {size}: too small to learn from")
+    top, left = ((side - kept) // 2 for side, kept in zip(sides, cut, strict=True))
+    both = both[:, :, top : top + cut[0], left : left + cut[1]].permute(0, 2, 3, 1).clamp(0, 1)
+    return both[..., :3].contiguous(), both[..., 3].contiguous()
+
+
+def learned(model: Any, clip: Any, vae: Any, pictures: Tensor, masks: Tensor, plan: Plan) -> Learned:
+    """Learn what the plan says, or return at once what was learned from exactly this before."""
+    # Pictures come from other nodes as inference tensors, which autograd will not have.
+    pictures, masks = pictures.clone(), masks.clone()
+    require_pictures(pictures, masks)
+    job = job_of(fingerprint(model, clip), digest_of(pictures, masks), plan)
+    begun = time.monotonic()
+    if finished(job).is_file():
+        inversion = load_inversion(finished(job))
+        note = "learned before from the same inputs; nothing had to be done"
+    else:
+        inversion, history = _learn(model, clip, vae, pictures, masks, plan, job)
+        save_inversion(inversion, finished(job))
+        note = _account(history, time.monotonic() - begun)
+    evaluations = inversion.settings["evaluations"]
+    total = sum(stage.steps for stage in plan.stages)
+    plot = loss_plot(evaluations, total, f"<{plan.name}>, loss on fixed noise")
+    pixels = torch.from_numpy(np.asarray(plot, dtype=np.float32) / 255)[None]
+    return Learned(inversion, pixels, f"{plan.kind} <{plan.name}> for {inversion.family}: {note}")
+
+
+def _learn(
+    model: Any, clip: Any, vae: Any, pictures: Tensor, masks: Tensor, plan: Plan, job: str
+) -> tuple[Inversion, History]:
+    total = sum(stage.steps for stage in plan.stages)
+    bar = comfy.utils.ProgressBar(plan.variants + total)
+
+    def encode(picture: Tensor) -> Tensor:
+        return model.model.process_latent_in(vae.encode(picture))
+
+    def encoded(done: int, _: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done)
+
+    # Before the model is opened: the autoencoder may push it out of memory.
+    material = prepare(encode, pictures, masks, plan, encoded)
+    look = _look(model, plan, total)
+
+    def step(news: Progress, lesson: InversionLesson) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        preview = None if news.evaluation is None else ("JPEG", look(news, lesson), 512)
+        bar.update_absolute(plan.variants + news.done, preview=preview)
+
+    batch = max(stage.batch for stage in plan.stages)
+    with learning_model(model, clip, [batch, *material.latents.shape[1:]]) as opened:
+        return learn(opened, material, plan, micro_batch=batch, checkpoint=unfinished(job), job=job, progress=step)
+
+
+def _look(model: Any, plan: Plan, total: int) -> Callable[[Progress, InversionLesson], Image.Image]:
+    """What progress shows: the curve with loss and time left, and a rough picture of what the token means by now."""
+    seen: list[tuple[int, float]] = []
+    previewer = latent_preview.Latent2RGBPreviewer(
+        model.model.latent_format.latent_rgb_factors, model.model.latent_format.latent_rgb_factors_bias
+    )
+
+    def look(news: Progress, lesson: InversionLesson) -> Image.Image:
+        assert news.evaluation is not None
+        seen.append((news.done, news.evaluation))
+        minutes, seconds = divmod(round(news.seconds_left), 60)
+        plot = loss_plot(seen, total, f"<{plan.name}> {news.stage}: loss {news.loss:.4g}, {minutes}:{seconds:02d} left")
+        sample = previewer.decode_latent_to_preview(lesson.sample())
+        sheet = Image.new("RGB", (plot.width + plot.height, plot.height))
+        sheet.paste(plot)
+        sheet.paste(sample.resize((plot.height, plot.height)), (plot.width, 0))
+        return sheet
+
+    return look
+
+
+def _account(history: History, seconds: float) -> str:
+    steps = len(next(iter(history.losses.values())))
+    last = ", ".join(f"{name} {np.mean(values[-10:]):.4g}" for name, values in history.losses.items())
+    fell = f"{history.evaluations[0][1]:.4g} to {history.evaluations[-1][1]:.4g}"
+    flat = f"; {', '.join(history.stopped_early)} ended early as the loss was flat" if history.stopped_early else ""
+    return (
+        f"{steps} steps in {seconds:.0f} s, {history.micro_batch} rows at once; loss on fixed noise {fell}; "
+        f"last losses {last}{flat}"
+    )

@@ -1,0 +1,194 @@
+"""Learning a shape and an appearance on a toy model."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from inversion_core.learning.inversion import Inversion
+from inversion_core.learning.learn import job_of, learn
+from inversion_core.learning.lesson import InversionLesson
+from inversion_core.learning.material import Material, digest_of, prepare
+from inversion_core.learning.model import LearningError, Prediction
+from inversion_core.learning.offset import Sites
+from inversion_core.learning.plan import OBJECTIVES, Plan
+from inversion_core.learning.recipes import APPEARANCE_OBJECTIVES, SPENDING, Quality, stages
+from inversion_core.learning.trainer import Progress, Stage
+
+from .toy import ToyModel, encode, picture
+
+SHAPE = Plan("shape", "x", "red box", stages("shape", 30, 4), vectors=2, rank=2, variants=6)
+APPEARANCE = replace(SHAPE, kind="appearance", stages=stages("appearance", 30, 4))
+PLANS = pytest.mark.parametrize("plan", [SHAPE, APPEARANCE], ids=["shape", "appearance"])
+
+
+def material(plan: Plan) -> Material:
+    return prepare(encode, *picture(), plan)
+
+
+def same(a: Inversion, b: Inversion) -> bool:
+    tokens = all(torch.equal(value, b.token[key]) for key, value in a.token.items())
+    return tokens and all(
+        torch.equal(x, y) for name in a.offset for x, y in zip(a.offset[name], b.offset[name], strict=True)
+    )
+
+
+@PLANS
+@pytest.mark.parametrize("prediction", get_args(Prediction))
+def test_the_loss_on_fixed_noise_falls_and_the_model_stays(plan: Plan, prediction: Prediction) -> None:
+    model = ToyModel(prediction)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found, history = learn(model, material(plan), plan)
+    assert history.evaluations[-1][1] < history.evaluations[0][1]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not [module for module in model.modules() if module._forward_hooks]
+    assert any(not torch.equal(found.token[key], found.initial[key]) for key in found.token)
+    assert all(bool(change.up.any()) for change in found.offset.values())
+    assert not found.token["toy"].requires_grad
+
+
+def test_a_shape_goes_to_cross_attention_and_an_appearance_to_self_attention_unless_told() -> None:
+    model = ToyModel()
+
+    def layers(plan: Plan) -> set[str]:
+        return set(InversionLesson(model, material(plan), plan).offset.names)
+
+    assert layers(SHAPE) == {"block.attn2.to_k", "block.attn2.to_v"}
+    assert layers(APPEARANCE) == {"block.attn1.to_k", "block.attn1.to_v"}
+    assert layers(replace(SHAPE, sites=Sites(("self",), ("to_q",)))) == {"block.attn1.to_q"}
+
+
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+@PLANS
+def test_every_objective_alone_moves_what_is_learned(plan: Plan, objective: str) -> None:
+    """Four rows; the offset gets its gradient through up, as down's is zero at first."""
+    stage = Stage("s", 1, {"token": 1e-2, "offset": 1e-2}, {objective: 2.0})
+    everywhere = Sites(("self", "cross"))
+    lesson = InversionLesson(ToyModel(), material(plan), replace(plan, stages=(stage,), sites=everywhere))
+    losses = lesson.losses(stage, 0, range(4))
+    assert losses.keys() == {objective}
+    assert losses[objective].shape == (4,)
+    losses[objective].sum().backward()
+    moved = [float(up.grad.abs().sum()) for up, _ in lesson.offset.weights().values() if up.grad is not None]
+    assert moved
+    assert max(moved) > 0
+
+
+def test_weights_multiply_and_rows_do_not_depend_on_their_company() -> None:
+    def losses(weight: float, *rows: int) -> Tensor:
+        stage = Stage("s", 1, {"token": 1.0}, {"diffusion": weight})
+        lesson = InversionLesson(ToyModel(), material(SHAPE), replace(SHAPE, stages=(stage,)))
+        return lesson.losses(stage, 0, rows)["diffusion"]
+
+    together = losses(1.0, 0, 1, 2, 3)
+    assert together.unique().numel() == 4
+    torch.testing.assert_close(torch.cat([losses(1.0, row) for row in range(4)]), together)
+    torch.testing.assert_close(losses(3.0, 0, 1, 2, 3), 3 * together)
+
+
+def test_stages_and_steps_see_other_noise() -> None:
+    lesson = InversionLesson(ToyModel(), material(SHAPE), SHAPE)
+    seen = [lesson.losses(stage, step, [0])["diffusion"] for stage in SHAPE.stages for step in (0, 1)]
+    assert torch.cat(seen).unique().numel() == 4
+
+
+def test_prompts_name_the_token_and_what_was_painted_and_what_stands_beside() -> None:
+    shape = material(SHAPE).prompts
+    assert all("<x>" in prompt and len(prompt.split()) >= 3 for prompts in shape for prompt in prompts)
+    appearance = material(replace(APPEARANCE, beside="<chair>"))
+    assert ["<chair>" in prompts[0] for prompts in appearance.prompts] == [False, True] * 3
+    kept = encode(picture()[0])
+    assert torch.equal(appearance.latents[1:2], kept)
+    assert not torch.equal(appearance.latents[0:1], kept)
+
+
+def test_the_same_seed_learns_the_same_and_another_does_not() -> None:
+    first, _ = learn(ToyModel(), material(SHAPE), SHAPE)
+    again, _ = learn(ToyModel(), material(SHAPE), SHAPE)
+    other = replace(SHAPE, seed=1)
+    assert same(first, again)
+    assert not same(first, learn(ToyModel(), material(other), other)[0])
+
+
+def test_a_killed_learning_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    def kill(news: Progress, _: InversionLesson) -> None:
+        if news.done == 17:
+            raise KeyboardInterrupt
+
+    whole, _ = learn(ToyModel(), material(APPEARANCE), APPEARANCE)
+    checkpoint = tmp_path / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        learn(ToyModel(), material(APPEARANCE), APPEARANCE, checkpoint=checkpoint, progress=kill)
+    again, _ = learn(ToyModel(), material(APPEARANCE), APPEARANCE, checkpoint=checkpoint)
+    assert same(whole, again)
+
+
+def test_a_sample_is_a_latent_and_changes_with_what_is_learned() -> None:
+    seen: list[Tensor] = []
+    learn(ToyModel(), material(SHAPE), SHAPE, progress=lambda _, lesson: seen.append(lesson.sample(2)))
+    assert seen[0].shape == (1, 4, 8, 8)
+    assert bool(torch.isfinite(seen[-1]).all())
+    assert not torch.equal(seen[0], seen[-1])
+
+
+def test_a_job_is_its_model_its_pictures_and_its_plan() -> None:
+    pictures, masks = picture()
+    jobs = {
+        job_of("m", digest_of(pictures, masks), SHAPE),
+        job_of("other", digest_of(pictures, masks), SHAPE),
+        job_of("m", digest_of(pictures, 1 - masks), SHAPE),
+        job_of("m", digest_of(pictures, masks), replace(SHAPE, seed=1)),
+        job_of("m", digest_of(pictures, masks), replace(SHAPE, stages=stages("shape", 31, 4))),
+    }
+    assert len(jobs) == 5
+    assert job_of("m", digest_of(*picture()), SHAPE) in jobs
+
+
+@pytest.mark.parametrize(
+    ("pictures", "masks", "message"),
+    [
+        (torch.rand(1, 8, 8, 4), torch.ones(1, 8, 8), r"\(B, H, W, 3\)"),
+        (torch.rand(0, 8, 8, 3), torch.ones(0, 8, 8), "at least one"),
+        (torch.rand(2, 8, 8, 3), torch.ones(1, 8, 8), "one for each"),
+        (torch.full((1, 8, 8, 3), float("nan")), torch.ones(1, 8, 8), "no numbers"),
+        (torch.rand(2, 8, 8, 3), torch.stack([torch.ones(8, 8), torch.zeros(8, 8)]), "mask of picture 1"),
+    ],
+)
+def test_pictures_nothing_can_be_learned_from_are_refused(pictures: Tensor, masks: Tensor, message: str) -> None:
+    with pytest.raises(LearningError, match=message):
+        prepare(encode, pictures, masks, SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "two words"}, "cannot be used"),
+        ({"variants": 0}, "0 variants"),
+        ({"stages": ()}, "0 stages"),
+        ({"stages": (Stage("s", 1, {"token": 1.0}),)}, "objectives none"),
+        ({"stages": (Stage("s", 1, {"token": 1.0}, {"beauty": 1.0}),)}, "objectives beauty"),
+    ],
+)
+def test_plans_that_make_no_sense_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(LearningError, match=message):
+        replace(SHAPE, **changes)
+
+
+@pytest.mark.parametrize("quality", get_args(Quality))
+@pytest.mark.parametrize("objective", list(APPEARANCE_OBJECTIVES))
+@pytest.mark.parametrize("steps", [1, 4, 300])
+def test_recipes_spend_the_steps_asked_for(quality: Quality, objective: str, steps: int) -> None:
+    for kind in ("shape", "appearance"):
+        found = stages(kind, steps, SPENDING[quality].batch, objective)
+        assert sum(stage.steps for stage in found) == steps
+        replace(SHAPE, stages=found)
+
+
+def test_recipes_refuse_what_they_do_not_know() -> None:
+    with pytest.raises(LearningError, match="0 steps"):
+        stages("shape", 0, 4)
+    with pytest.raises(LearningError, match="unknown objective 'beauty'"):
+        stages("appearance", 1, 4, "beauty")

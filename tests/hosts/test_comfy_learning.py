@@ -1,0 +1,468 @@
+"""Learning on ComfyUI's own models: gradients, nothing left behind, and the same result through stock loaders."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.lora
+import comfy.model_sampling
+import comfy.sd
+import comfy.sdxl_clip
+import comfy.supported_models_base
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from demo import world
+from demo.generate import generate
+from demo.model import DemoModel, load_demo_model
+from demo.text import WIDTH, clip_target
+from demo.train.data import reset
+from inversion_core.hosts.base import HostError
+from inversion_core.hosts.comfy_inversion import apply_inversion, with_tokens
+from inversion_core.hosts.comfy_learning import ComfyLearningModel, fingerprint, learning_model
+from inversion_core.learning import objectives
+from inversion_core.learning.files import embedding, lora
+from inversion_core.learning.inversion import Inversion, LowRankWeights
+from inversion_core.learning.learn import learn
+from inversion_core.learning.lesson import InversionLesson
+from inversion_core.learning.material import Material, prepare
+from inversion_core.learning.model import LearningError
+from inversion_core.learning.offset import Sites
+from inversion_core.learning.plan import Plan
+from inversion_core.learning.recipes import stages
+from inversion_core.learning.trainer import Progress
+
+from .models import POOLED, Patcher, demo_patcher, random, sd15_patcher, sdxl_patcher
+
+LATENT = (2, 4, 16, 16)
+SHAPE = Plan("shape", "x", "shape", stages("shape", 20, 2), vectors=2, rank=2, variants=4)
+APPEARANCE = replace(SHAPE, kind="appearance", class_word="striped", stages=stages("appearance", 20, 2))
+
+
+def demo_clip(embeddings: Path | None = None) -> Any:
+    """The demo's text encoder with random weights, half precision as ComfyUI has text encoders on the CPU."""
+    clip = comfy.sd.CLIP(
+        target=clip_target(),
+        embedding_directory=None if embeddings is None else str(embeddings),
+        parameters=1,
+        model_options={"dtype": torch.float16},
+    )
+    _randomise(clip)
+    return clip
+
+
+def sdxl_clip() -> Any:
+    """SDXL's two encoders, tiny, whose outputs fit `sdxl_patcher`."""
+    sizes = {"clip_l": (WIDTH - POOLED, 4), "clip_g": (POOLED, 2)}
+    options: dict[str, Any] = {"dtype": torch.float32}
+    for name, (width, heads) in sizes.items():
+        options[f"{name}_model_config"] = {
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "num_attention_heads": heads,
+            "num_hidden_layers": 3,
+        }
+    target = comfy.supported_models_base.ClipTarget(comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel)
+    clip = comfy.sd.CLIP(target=target, parameters=1, model_options=options)
+    for name, (width, _) in sizes.items():
+        getattr(clip.tokenizer, name).embedding_size = width
+    _randomise(clip)
+    return clip
+
+
+def _randomise(clip: Any) -> None:
+    torch.manual_seed(1)
+    reset(clip.cond_stage_model)
+    for module in clip.cond_stage_model.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.1)
+
+
+MODELS = pytest.mark.parametrize(
+    ("model", "clip"),
+    [(demo_patcher, demo_clip), (sd15_patcher, demo_clip), (sdxl_patcher, sdxl_clip)],
+    ids=["demo", "SD1.x", "SDXL"],
+)
+
+
+@pytest.fixture(scope="module")
+def demo() -> DemoModel:
+    with torch.inference_mode():
+        return load_demo_model()
+
+
+def heart() -> tuple[Tensor, Tensor]:
+    rendered = world.render(world.sample(50_001, shapes=("heart",)))
+    return torch.from_numpy(rendered.image)[None], torch.from_numpy(rendered.mask)[None]
+
+
+def demo_material(demo: DemoModel, plan: Plan) -> Material:
+    return prepare(lambda picture: demo.model.model.process_latent_in(demo.vae.encode(picture)), *heart(), plan)
+
+
+def random_material(plan: Plan) -> Material:
+    """Without an autoencoder."""
+    return prepare(
+        lambda picture: torch.nn.functional.avg_pool2d(picture.permute(0, 3, 1, 2), 8)[:, [0, 1, 2, 0]], *heart(), plan
+    )
+
+
+@contextmanager
+def unchanged(*modules: nn.Module) -> Iterator[None]:
+    """The very parameters, bit for bit, with their flags and without a hook, are there afterwards."""
+    objects = [dict(module.named_parameters()) for module in modules]
+    flags = [{name: value.requires_grad for name, value in found.items()} for found in objects]
+    values = [{name: value.clone() for name, value in module.state_dict().items()} for module in modules]
+    yield
+    for module, parameters, flag, before in zip(modules, objects, flags, values, strict=True):
+        after = dict(module.named_parameters())
+        assert all(after[name] is value and value.grad is None for name, value in parameters.items())
+        assert {name: value.requires_grad for name, value in after.items()} == flag
+        assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+        assert not [one for one in module.modules() if one._forward_hooks or one._forward_pre_hooks]
+
+
+def some_inversion(model: Patcher, clip: Any, family: str = "", **changes: Any) -> Inversion:
+    """A strong random one, for self- and cross-attention."""
+    plan = replace(SHAPE, sites=Sites(("self", "cross")))
+    with learning_model(model, clip, LATENT) as opened:
+        lesson = InversionLesson(opened, random_material(plan), plan)
+        found = lesson.inversion({})
+    offset = {
+        name: LowRankWeights(0.3 * random(*up.shape, seed=i), 0.3 * random(*down.shape, seed=100 + i))
+        for i, (name, (up, down)) in enumerate(found.offset.items())
+    }
+    token = {key: value + 0.3 * random(*value.shape, seed=7) for key, value in found.token.items()}
+    return replace(found, offset=offset, token=token, family=family or found.family, **changes)
+
+
+def encoded(clip: Any, text: str) -> tuple[Tensor, Tensor]:
+    """What CLIP Text Encode gives: context and pooled."""
+    return clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
+
+
+# --- learning ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", [SHAPE, APPEARANCE], ids=["shape", "appearance"])
+def test_on_the_demo_model_the_loss_on_fixed_noise_falls_and_nothing_else_changes(demo: DemoModel, plan: Plan) -> None:
+    material = demo_material(demo, plan)
+    with unchanged(demo.model.model, demo.clip.cond_stage_model):
+        with learning_model(demo.model, demo.clip, LATENT) as opened:
+            found, history = learn(opened, material, plan, micro_batch=2)
+        assert torch.is_inference_mode_enabled()
+    assert len(history.losses["diffusion"]) == 20
+    assert history.evaluations[-1][1] < history.evaluations[0][1]
+    model, clip = apply_inversion(demo.model, demo.clip, found)
+    without = DemoModel(demo.model, with_tokens(demo.clip, {"x": found.initial}), demo.vae)
+    pictures = [
+        generate(one, ["a red <x> on snow"], [1], steps=2) for one in (DemoModel(model, clip, demo.vae), without)
+    ]
+    assert float((pictures[0] - pictures[1]).abs().mean()) > 0.005
+
+
+@MODELS
+def test_gradients_reach_token_and_offset_on_every_family(model: Any, clip: Any) -> None:
+    patcher, text = model(), clip()
+    with unchanged(patcher.model, text.cond_stage_model):
+        for plan in (SHAPE, APPEARANCE):
+            material = random_material(plan)
+            with learning_model(patcher, text, LATENT) as opened:
+                lesson = InversionLesson(opened, material, plan)
+                losses = lesson.losses(plan.stages[1], 0, range(2))
+                torch.stack([loss.sum() for loss in losses.values()]).sum().backward()
+            gradients = [vectors.grad for vectors in lesson.token.vectors.values()]
+            gradients += [up.grad for up, _ in lesson.offset.weights().values()]
+            assert len(gradients) > 4
+            assert all(one is not None and bool(torch.isfinite(one).all()) and bool(one.any()) for one in gradients)
+
+
+def test_a_gradient_is_the_slope_of_the_loss() -> None:
+    """Central differences on one vector of the token, through text encoder and UNet."""
+    plan = replace(SHAPE, vectors=1)
+    material = random_material(plan)
+    with learning_model(demo_patcher(), demo_clip(), LATENT) as opened:
+        lesson = InversionLesson(opened, material, plan)
+        (vector,) = lesson.token.vectors.values()
+        direction = random(*vector.shape, seed=3)
+
+        def loss() -> Tensor:
+            return lesson.losses(plan.stages[0], 0, [0])["diffusion"].sum()
+
+        loss().backward()
+        assert vector.grad is not None
+        slope = float((vector.grad * direction).sum())
+        found = []
+        for side in (0.02, -0.02):
+            with torch.no_grad():
+                vector.add_(side * direction)
+                found.append(float(loss()))
+                vector.sub_(side * direction)
+    assert slope == pytest.approx((found[0] - found[1]) / 0.04, rel=0.05)
+
+
+def test_what_is_replaced_comes_back_after_an_error() -> None:
+    model, clip = demo_patcher(), demo_clip()
+    with (
+        unchanged(model.model, clip.cond_stage_model),
+        pytest.raises(RuntimeError, match="inside"),
+        learning_model(model, clip, LATENT),
+    ):
+        raise RuntimeError("inside")
+
+
+def test_cancel_ends_it_within_a_step_and_the_rest_can_be_learned_later(demo: DemoModel, tmp_path: Path) -> None:
+    """On one core ComfyUI's kernels give the same bits twice."""
+    plan = replace(SHAPE, stages=stages("shape", 5, 2))
+    material, checkpoint = demo_material(demo, plan), tmp_path / "state.safetensors"
+
+    def cancel(news: Progress, _: InversionLesson) -> None:
+        if news.done == 3:
+            raise KeyboardInterrupt
+
+    results = []
+    for first in (None, cancel):
+        with unchanged(demo.model.model, demo.clip.cond_stage_model):
+            if first is not None:
+                with pytest.raises(KeyboardInterrupt), learning_model(demo.model, demo.clip, LATENT) as opened:
+                    learn(opened, material, plan, checkpoint=checkpoint, progress=first)
+            with learning_model(demo.model, demo.clip, LATENT) as opened:
+                results.append(learn(opened, material, plan, checkpoint=checkpoint)[0])
+    assert all(torch.equal(value, results[1].token[key]) for key, value in results[0].token.items())
+    for name, change in results[0].offset.items():
+        assert torch.equal(change.up, results[1].offset[name].up)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_learns_on_the_model_as_it_is_patched() -> None:
+    """A LoRA on the model must change the losses."""
+    model, clip = demo_patcher(), demo_clip()
+    patched, _ = apply_inversion(model, clip, some_inversion(model, clip))
+    found = []
+    for one in (model, patched, model):
+        with learning_model(one, clip, LATENT) as opened:
+            lesson = InversionLesson(opened, random_material(SHAPE), SHAPE)
+            found.append(lesson.losses(SHAPE.stages[0], 0, [0])["diffusion"].detach())
+    assert torch.equal(found[0], found[2])
+    assert abs(float(found[0] - found[1])) > 1e-3
+
+
+# --- the protocol -----------------------------------------------------------------------------------------------------
+
+
+@MODELS
+def test_the_prediction_is_comfyuis_own_denoised_picture(model: Any, clip: Any) -> None:
+    patcher, text = model(), clip()
+    noisy, level = random(2, 4, 16, 16, seed=1), torch.tensor([0.1, 0.8])
+    with learning_model(patcher, text, LATENT) as opened, torch.no_grad():
+        conditioning = opened.encode(["a red star", "a blue circle"], {})
+        output = opened.predict(noisy, level, conditioning)
+        alpha, sigma = opened.schedule(level)
+        torch.testing.assert_close(alpha.square() + sigma.square(), torch.ones(2))
+        ve = (sigma / alpha).view(-1, 1, 1, 1)
+        extra = opened._conditions(noisy, conditioning)
+        denoised = patcher.model.apply_model(noisy / alpha.view(-1, 1, 1, 1), ve.flatten(), **extra)
+        found = objectives.clean_estimate(opened.prediction, output, noisy, opened.schedule(level))
+    torch.testing.assert_close(found, denoised, rtol=1e-3, atol=1e-3)
+
+
+@MODELS
+def test_prompts_are_encoded_as_clip_text_encode_does(model: Any, clip: Any) -> None:
+    text = clip()
+    with learning_model(model(), text, LATENT) as opened:
+        found = opened.encode(["a red star", "", "a red star"], {})
+    for row, prompt in enumerate(["a red star", "", "a red star"]):
+        context, pooled = encoded(text, prompt)
+        assert torch.equal(found.context[row : row + 1], context)
+        assert found.pooled is not None
+        assert torch.equal(found.pooled[row : row + 1], pooled)
+
+
+@MODELS
+def test_places_are_where_the_vectors_stand(model: Any, clip: Any) -> None:
+    with learning_model(model(), clip(), LATENT) as opened:
+        words = opened.words("red")
+        tokens = {"x": {key: torch.ones(3, value.shape[1]) for key, value in words.items()}}
+        found = opened.encode(["red <x> red", "<x>", "red"], tokens).places["x"]
+    before = len(next(iter(words.values())))
+    assert [row.nonzero().flatten().tolist() for row in found] == [
+        [1 + before, 2 + before, 3 + before],
+        [1, 2, 3],
+        [],
+    ]
+
+
+def test_attentions_are_those_of_the_unet() -> None:
+    with learning_model(sdxl_patcher(), sdxl_clip(), LATENT) as opened:
+        found = opened.attentions()
+    modules = dict(opened._base.diffusion_model.named_modules())
+    assert {name for name in modules if name.endswith(("attn1", "attn2"))} == set(found)
+    for name, site in found.items():
+        assert site.kind == ("self" if name.endswith("attn1") else "cross")
+        assert site.part == {"i": "encoder", "m": "middle", "o": "decoder"}[name[0]]
+        assert site.projections["to_k"] is modules[f"{name}.to_k"]
+
+
+@MODELS
+def test_words_are_rows_of_the_table(model: Any, clip: Any) -> None:
+    text = clip()
+    with learning_model(model(), text, LATENT) as opened:
+        both, one = opened.words("red star"), opened.words("star")
+        assert all(len(value) == 0 for value in opened.words("").values())
+    for key, value in both.items():
+        assert torch.equal(value[-len(one[key]) :], one[key])
+        table = getattr(text.cond_stage_model, key).transformer.get_input_embeddings().weight.float()
+        assert all(bool((table == row).all(1).any()) for row in value)
+
+
+def test_the_fingerprint_is_of_the_weights_whether_loaded_or_not() -> None:
+    model, clip = demo_patcher(), demo_clip()
+    first = fingerprint(model, clip)
+    inversion = some_inversion(model, clip)
+    patched, placed = apply_inversion(model, clip, inversion)
+    unloaded = fingerprint(patched, placed)
+    assert unloaded != first
+    assert fingerprint(apply_inversion(model, clip, inversion, offset_strength=0.5)[0], clip) != unloaded
+    with learning_model(patched, clip, LATENT):
+        pass
+    assert fingerprint(patched, placed) == unloaded
+    assert fingerprint(model, clip) == first
+    other = demo_patcher()
+    with torch.no_grad():
+        other.model.diffusion_model.out[2].bias[0] += 1
+    assert fingerprint(other, clip) != first
+
+
+def test_models_that_cannot_be_learned_on_are_refused() -> None:
+    clip = demo_clip()
+    dit: Any = SimpleNamespace(model=SimpleNamespace(diffusion_model=nn.Linear(1, 1)))
+    with pytest.raises(HostError, match="UNet models.*this model is a Linear"), learning_model(dit, clip, LATENT):
+        pass
+    inpainting = demo_patcher()
+    inpainting.model.concat_keys = ("mask", "masked_image")
+    with pytest.raises(HostError, match="inpainting"), learning_model(inpainting, clip, LATENT):
+        pass
+    edm = demo_patcher()
+    edm.model.model_sampling = type("Sampling", (nn.Module, comfy.model_sampling.EDM), {})()
+    with pytest.raises(HostError, match="EDM"), learning_model(edm, clip, LATENT):
+        pass
+
+
+# --- using it ---------------------------------------------------------------------------------------------------------
+
+
+def predicted(model: Patcher, clip: Any, text: str) -> Tensor:
+    """One evaluation of the model on a stock prompt."""
+    with learning_model(model, clip, LATENT) as opened, torch.no_grad():
+        return opened.predict(random(1, 4, 16, 16, seed=5), torch.tensor([0.6]), opened.encode([text], {}))
+
+
+@MODELS
+def test_apply_is_what_was_learned(model: Any, clip: Any) -> None:
+    """Hooks while learning, a stock weight patch afterwards: the same model."""
+    patcher, text = model(), clip()
+    inversion = some_inversion(patcher, text)
+    with unchanged(patcher.model, text.cond_stage_model), learning_model(patcher, text, LATENT) as opened:
+        plan = replace(SHAPE, sites=Sites(("self", "cross")))
+        lesson = InversionLesson(opened, random_material(plan), plan)
+        with torch.no_grad():
+            for name, (up, down) in lesson.offset.weights().items():
+                up.copy_(inversion.offset[name].up)
+                down.copy_(inversion.offset[name].down)
+            conditioning = opened.encode(["a red <x>"], {"x": inversion.token})
+            with lesson.offset.applied(lesson._layers):
+                expected = opened.predict(random(1, 4, 16, 16, seed=5), torch.tensor([0.6]), conditioning)
+    found = predicted(*apply_inversion(patcher, text, inversion), "a red <x>")
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    plain = predicted(patcher, with_tokens(text, {"x": inversion.initial}), "a red <x>")
+    assert float((plain - expected).abs().max()) > 0.01
+
+
+def test_stock_loaders_give_the_same_bits(tmp_path: Path) -> None:
+    """Load LoRA and embedding: in ComfyUI's own code, from the exported files."""
+    model, clip = demo_patcher(), demo_clip(tmp_path)
+    inversion = some_inversion(model, clip)
+    save_file(embedding(inversion), tmp_path / "rust.safetensors")
+    save_file(lora(inversion), tmp_path / "rust-lora.safetensors")
+    stock, _ = comfy.sd.load_lora_for_models(model, clip, load_file(tmp_path / "rust-lora.safetensors"), 0.7, 0.0)
+    ours, placed = apply_inversion(model, clip, inversion, offset_strength=0.7)
+    for text, plain in (
+        ("a red <x>, on snow", "a red embedding:rust, on snow"),
+        ("<x>", "embedding:rust"),
+        ("a (<x>:1.3) (star:0.8)", "a (embedding:rust :1.3) (star:0.8)"),
+    ):
+        assert torch.equal(encoded(placed, text)[0], encoded(clip, plain)[0])
+    assert torch.equal(predicted(ours, placed, "a <x>"), predicted(stock, clip, "a embedding:rust"))
+
+
+@pytest.mark.parametrize("text", ["(<x>)", "(<x>:1.3)", "((<x>))", "(a red <x> on snow:0.5)"])
+def test_weights_weigh(text: str) -> None:
+    clip = with_tokens(demo_clip(), {"x": {"clip_l": random(2, WIDTH, seed=1)}})
+    weights = [[weight for one, weight in chunk if isinstance(one, Tensor)] for chunk in clip.tokenize(text)["l"]]
+    expected = {"(<x>)": 1.1, "(<x>:1.3)": 1.3, "((<x>))": 1.21, "(a red <x> on snow:0.5)": 0.5}[text]
+    assert weights == [[pytest.approx(expected)] * 2]
+
+
+@pytest.mark.parametrize("text", ["a<x>b", "a <x> b", "a  <x>b", "a\n<x>\nb"])
+def test_a_name_needs_no_spaces_around_it(text: str) -> None:
+    clip = with_tokens(demo_clip(), {"x": {"clip_l": random(1, WIDTH, seed=1)}})
+    kinds = ["x" if isinstance(one, Tensor) else one for one, _ in clip.tokenize(text)["l"][0]]
+    plain = [one for one, _ in clip.tokenize("a b")["l"][0]]
+    assert kinds[:4] == [plain[0], plain[1], "x", plain[2]]
+
+
+def test_several_inversions_chain_and_names_stay_apart() -> None:
+    model, clip = demo_patcher(), demo_clip()
+    first, second = some_inversion(model, clip), some_inversion(model, clip, name="x-2", kind="appearance")
+    one = apply_inversion(model, clip, first)
+    model_2, clip_2 = apply_inversion(*one, second)
+    tokens = [t for t, _ in clip_2.tokenize("a <x-2> <x> <y>")["l"][0] if isinstance(t, Tensor)]
+    expected = [*second.token["clip_l"], *first.token["clip_l"]]
+    assert all(torch.equal(a, b) for a, b in zip(tokens, expected, strict=True))
+    assert {key: len(found) for key, found in model_2.patches.items()} == dict.fromkeys(model_2.patches, 2)
+    assert not [t for t, _ in clip.tokenize("<x>")["l"][0] if isinstance(t, Tensor)]
+    with pytest.raises(HostError, match="<x> is already in use"):
+        apply_inversion(*one, first)
+
+
+def test_strength_zero_is_the_class_word_on_the_untouched_model() -> None:
+    model, clip = demo_patcher(), demo_clip()
+    with learning_model(model, clip, LATENT) as opened:
+        words = opened.words("star")
+    inversion = replace(some_inversion(model, clip), initial=words, token={"clip_l": words["clip_l"] + 1})
+    neutral, placed = apply_inversion(model, clip, inversion, 0.0, 0.0)
+    assert neutral.patches == {}
+    assert torch.equal(encoded(placed, "a red <x>")[0], encoded(clip, "a red star")[0])
+
+
+def test_what_does_not_fit_is_refused_by_name() -> None:
+    model, clip = demo_patcher(), demo_clip()
+    inversion = some_inversion(model, clip)
+    with pytest.raises(LearningError, match=r"<x> was learned for DemoConfig, but this model is SD1\.x"):
+        apply_inversion(sd15_patcher(), clip, inversion)
+    with pytest.raises(HostError, match=r"only \d+ of them"):
+        apply_inversion(sd15_patcher(), clip, replace(inversion, family="SD1.x"))
+    with pytest.raises(HostError, match="learned for clip_l, but this CLIP wants clip_g"):
+        with_tokens(sdxl_clip(), {"x": {"clip_l": torch.zeros(1, WIDTH - POOLED)}})
+    with pytest.raises(HostError, match=f"width 5 for clip_l, but this CLIP's are {WIDTH}"):
+        with_tokens(clip, {"x": {"clip_l": torch.zeros(1, 5)}})
+
+
+def test_a_frozen_shape_stands_beside_an_appearance() -> None:
+    """The second inversion is learned on clones that know the first."""
+    model, clip = demo_patcher(), demo_clip()
+    shape = some_inversion(model, clip, name="chair")
+    plan = replace(APPEARANCE, beside="<chair>", stages=stages("appearance", 2, 2))
+    with learning_model(*apply_inversion(model, clip, shape), LATENT) as opened:
+        assert isinstance(opened, ComfyLearningModel)
+        found, _ = learn(opened, random_material(plan), plan)
+    both = apply_inversion(*apply_inversion(model, clip, shape), found)
+    tokens = [t for t, _ in both[1].tokenize("a <x> <chair>")["l"][0] if isinstance(t, Tensor)]
+    assert len(tokens) == 4
+    assert np.isfinite(predicted(*both, "a <x> <chair>").numpy()).all()

@@ -1,0 +1,109 @@
+"""The speed benchmark on tiny UNets: what it counts, and that its rivals are rivals. Never a time."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import speed, steps
+from benchmarks.arithmetic import extra_flops, flops_of
+from benchmarks.memory import peak_bytes
+from benchmarks.rivals import doubled_masactrl, materialised_cross_image
+from benchmarks.unets import UNet, build, sample, within_a_run
+from inversion_core.hosts.comfy_unet import attach, last_report
+from inversion_core.injection import Injection, Window
+from inversion_core.presets import CROSS_IMAGE, MASACTRL, PRESETS, Preset
+
+Work = Callable[[], None]
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet:
+    return build("sd15", 16, torch.float32, tiny=True)
+
+
+def injections_of(preset: Preset, unet: UNet) -> tuple[Injection, ...]:
+    return preset.injections((unet.appearance,), unet.shape if preset.shape else None)
+
+
+@pytest.mark.parametrize("name", ["default", "masactrl", "visual-style", "style-id"])
+def test_with_a_warm_bank_nothing_is_computed_twice_or_in_vain(unet: UNet, name: str) -> None:
+    """The host's FLOPs are those of the formulas, to the last one. (Biases and contrast take other kernels.)"""
+    injections = injections_of(PRESETS[name], unet)
+    counted = []
+
+    def work(plain: Work, edited: Work) -> None:
+        edited()
+        counted.append(flops_of(edited) - flops_of(plain))
+
+    within_a_run(unet, attach(unet.patcher, *injections), work)
+    assert counted == [extra_flops(unet, injections)]
+
+
+def test_more_keys_need_more_and_shared_ones_less(unet: UNet) -> None:
+    assert extra_flops(unet, injections_of(PRESETS["style-aligned"], unet)) > 0
+    assert extra_flops(unet, injections_of(PRESETS["default"], unet)) < 0
+
+
+def test_rows_are_counted_by_the_host() -> None:
+    found = steps.rows(3)
+    assert found.pop("steps") == 3
+    assert found.keys() == PRESETS.keys()
+    for name, counts in found.items():
+        references = 2 if PRESETS[name].shape else 1
+        assert [one["picture"] for one in counts.values()] == [6, 6]
+        assert 0 < counts["cold"]["references"] <= references * 3
+        assert counts["warm"]["references"] == 0
+
+
+def test_everything_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    presets = {one.name: one for one in (MASACTRL, CROSS_IMAGE)}
+    monkeypatch.setattr(steps, "PRESETS", presets)
+    monkeypatch.setattr(speed, "CONTRAST_TOKENS", 64)
+    monkeypatch.setattr(speed, "HEADS", {"sd15": (8, 40)})
+    file = tmp_path / "speed.json"
+    figures = speed.measure(file, speed.PARTS, speed.QUICK)
+    assert json.loads(file.read_text(encoding="utf-8")) == figures
+    measured = figures["unets"]["sd15"]
+    for name in presets:
+        found = measured["presets"][name]
+        assert {"cached_ratio", "first_run_ratio", "flop_floor", "peak_memory_ratio"} <= found.keys()
+        assert all(value > 0 for value in found.values())
+        assert found["first_run_rows"] == 1
+    text = speed.tables(figures)
+    for name in (*measured["presets"], *measured["rivals"], "Exact contrast", "Rows at 10 steps"):
+        assert name in text
+
+
+def test_the_rivals_do_the_same_edit_at_a_higher_price(unet: UNet) -> None:
+    """With one prompt for everything they agree with the presets: references see no other prompt then."""
+    unet = replace(unet, negative=unet.positive)
+    always = {"window": Window(), "shape_window": Window(), "rows": "all"}
+    for preset, rival in (
+        (MASACTRL, doubled_masactrl(unet.patcher, unet.appearance)),
+        (CROSS_IMAGE, materialised_cross_image(unet.patcher, unet.appearance, unet.shape)),
+    ):
+        ours = attach(unet.patcher, *(replace(one, **always) for one in injections_of(preset, unet)))
+        made, theirs = sample(unet, ours, 2, 5.0), sample(unet, rival, 2, 5.0)
+        torch.testing.assert_close(made, theirs, atol=1e-4, rtol=1e-3)
+        assert (made - sample(unet, unet.patcher, 2, 5.0)).abs().max() > 1e-2
+        assert last_report(ours).rows == 4
+
+
+def test_the_peak_is_what_is_held_at_once() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def mebibytes(n: int) -> torch.Tensor:
+        return torch.empty(n * 2**20, dtype=torch.uint8, device=device)
+
+    def work() -> None:
+        first = mebibytes(3)
+        second = mebibytes(2)
+        del first
+        third = mebibytes(1)
+        del second, third
+
+    assert peak_bytes(work) == 5 * 2**20
