@@ -30,12 +30,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.color_tables import write_tables
+from benchmarks.quality.measures import interval
 from demo import world
 from inversion_core.color import ColorMatch, match_pictures
 from inversion_core.statistics import Method
 
 PAIRS = 64
-GUIDED_PAIRS = 12
+GUIDED_PAIRS = 32
 """How many of the pairs are sampled for the guidance: half a minute each on one core."""
 ROUNDS = 5
 FIRST_SEED = 300_000
@@ -239,7 +240,7 @@ def measure_guidance() -> Figures:
     from inversion_core.presets import PRESETS
 
     demo, judge = load_demo_model(), Judge.load()
-    results: dict[str, list[tuple[float, float, float]]] = {"injection": [], "injection + guidance": []}
+    results: dict[str, list[tuple[float, ...]]] = {"injection": [], "injection + guidance": []}
     for index in tqdm(range(GUIDED_PAIRS), desc="pairs"):
         seed = FIRST_SEED + 2 * index
         a = world.sample(seed, shapes=world.WITHHELD_SHAPES, textures=world.TEXTURES)
@@ -261,10 +262,24 @@ def measure_guidance() -> Figures:
             inside = truth.mask > 0.5
             own, true = (np.broadcast_to(i[inside].mean(0), (1, 1, 3)) for i in (result, truth.image))
             means = delta_e(own, true, np.ones((1, 1)))
-            results[name].append((found, delta_e(result, truth.image, truth.mask), means))
-    names = ("shape_iou", "delta_e", "delta_e_of_mean_colour")
-    means = {name: dict(zip(names, map(float, np.mean(rows, axis=0)), strict=True)) for name, rows in results.items()}
-    return {"pairs": GUIDED_PAIRS, **means}
+            spread = _distribution_error(result[inside], truth.image[inside])
+            results[name].append((found, delta_e(result, truth.image, truth.mask), means, spread))
+    keys = ("shape_iou", "delta_e", "delta_e_of_mean_colour", "distribution_error")
+    figures: Figures = {"pairs": GUIDED_PAIRS}
+    plain, guided = (np.array(rows) for rows in results.values())
+    for name, rows in (*zip(results, (plain, guided), strict=True), ("change", guided - plain)):
+        figures[name] = {}
+        for key, column in zip(keys, rows.T, strict=True):
+            mean, low, high = interval(column.tolist())
+            figures[name] |= {key: mean, f"{key}_low": low, f"{key}_high": high}
+    return figures
+
+
+def _distribution_error(own: np.ndarray, true: np.ndarray) -> float:
+    """How far apart the colours of two sets of as many pixels (N, 3) lie, wherever the pixels are: the Wasserstein
+    distance along each axis of CIELAB, the mean of the three."""
+    a, b = (np.sort(rgb2lab(x[None])[0], axis=0) for x in (own, true))
+    return float(np.abs(a - b).mean())
 
 
 def _reference(vae: Any, rendered: world.Rendered) -> Any:

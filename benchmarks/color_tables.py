@@ -58,11 +58,15 @@ def _video(found: dict[str, float]) -> str:
 
 
 def _guidance(figures: dict[str, Any]) -> str:
-    keys = ("shape_iou", "delta_e", "delta_e_of_mean_colour")
-    rows = [
-        (name, *(f"{found[key]:.3f}" for key in keys)) for name, found in figures.items() if isinstance(found, dict)
-    ]
-    return _table((f"{figures['pairs']} pairs", "shape IoU", "CIEDE2000", "CIEDE2000 of the mean colours"), rows)
+    """Means; for the change also half of its 95 % interval."""
+    keys = ("shape_iou", "delta_e", "delta_e_of_mean_colour", "distribution_error")
+    rows = []
+    for name in ("injection", "injection + guidance", "change"):
+        found = figures[name]
+        halves = {key: (found[f"{key}_high"] - found[f"{key}_low"]) / 2 for key in keys}
+        rows.append((name, *(f"{found[key]:.3f}" + f" ±{halves[key]:.3f}" * (name == "change") for key in keys)))
+    head = ("shape IoU", "CIEDE2000", "CIEDE2000 of the mean colours", "distribution of the colours")
+    return _table((f"{figures['pairs']} pairs", *head), rows)
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
