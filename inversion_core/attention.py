@@ -108,6 +108,20 @@ class Tokens(NamedTuple):
     v: Tensor
 
 
+class Beside(NamedTuple):
+    """Keys and values that every query reads besides the picture's: the prompt's, in a transformer's joint attention.
+
+    No edit touches them: they stand beside the own keys in the plain attention, beside the references' in the edited.
+    """
+
+    k: Tensor
+    """(B, H, N_beside, D)"""
+    v: Tensor
+    """(B, H, N_beside, D)"""
+    bias: Tensor | None = None
+    """(B or 1, N_beside): added to their logits, -inf for one that may not be read; None = all count fully."""
+
+
 @dataclass(frozen=True)
 class ReferenceTokens:
     """What one appearance reference offers to an attention call.
@@ -128,7 +142,7 @@ class ReferenceTokens:
     scales the weight of the token before the softmax normalises (bias `log m`). None = all."""
     strength: float = 1.0
     """0 or above, relative to the other references (and to the own tokens in `extend`, where they count 1): the bias
-    `log strength`. 0 leaves the reference out. A single reference in `replace` is read fully, whatever its strength."""
+    `log strength`. 0 leaves the reference out. In `replace` the strongest is read fully, whatever its strength."""
     q: Tensor | None = None
     """(B or 1, H, N_ref, D): needed by `qk_stats` only."""
 
@@ -190,6 +204,7 @@ def edited_attention(
     *,
     shape: Tokens | None = None,
     mask_out: Tensor | None = None,
+    beside: Beside | None = None,
     attend: Attend = scaled_dot_product,
 ) -> Tensor:
     """Self-attention of `own` as `edit` says.
@@ -201,12 +216,13 @@ def edited_attention(
         shape: the shape reference's tokens, batch B or 1, as many tokens as `own`; its `v` is not used.
         mask_out: (B or 1, N) in [0, 1], where the edit acts: `m * edited + (1-m) * plain`, `plain` being the attention
             of the untouched own tokens.
+        beside: further keys and values that are read whatever the edit, as a prompt's in joint attention.
         attend: the host's attention. Masks and biases reach it as extra channels of q and k (D grows to the next
             multiple of 8 above D + 2, values are padded with zeros), so it stays on its fastest kernel and no N x N
             mask exists. Exact contrast alone cannot be expressed by it and runs here, in chunks of queries.
 
     Returns:
-        (B, H, N, D) in the dtype of `own.q`. With `strength` 0: `attend(*own, None)`, and nothing else is computed.
+        (B, H, N, D) in the dtype of `own.q`. With `strength` 0: `plain_attention`, and nothing else is computed.
 
     Raises:
         ValueError: a reference, shape or mask is missing or does not fit; the message says which.
@@ -216,13 +232,20 @@ def edited_attention(
     outside read the *reference's* background, here the outside keeps the plain attention.
     """
     if edit.strength == 0:
-        return attend(own.q, own.k, own.v, None)
-    _check_tokens(own, references, shape, mask_out)
-    edited = _edited(edit, own, references, shape, attend)
+        return plain_attention(own, beside, attend)
+    _check_tokens(own, references, shape, mask_out, beside)
+    edited = _edited(edit, own, references, shape, beside, attend)
     if edit.strength == 1 and mask_out is None:
         return edited
-    plain = attend(own.q, own.k, own.v, None)
-    return _blend(plain, edited, edit.strength, mask_out)
+    return _blend(plain_attention(own, beside, attend), edited, edit.strength, mask_out)
+
+
+def plain_attention(own: Tokens, beside: Beside | None = None, attend: Attend = scaled_dot_product) -> Tensor:
+    """The untouched attention of `own`, (B, H, N, D): what is read is the own tokens, and those `beside` them."""
+    if beside is None:
+        return attend(own.q, own.k, own.v, None)
+    k, v, bias = _join([_read_beside(beside), _Source(own.k, own.v, None, 0.0)], own.q)
+    return _attend_biased(own.q, k, v, bias, 1.0, attend)
 
 
 def attention_weighted_adain(
@@ -323,7 +346,12 @@ def reading_map(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _edited(
-    edit: AttentionEdit, own: Tokens, references: Sequence[ReferenceTokens], shape: Tokens | None, attend: Attend
+    edit: AttentionEdit,
+    own: Tokens,
+    references: Sequence[ReferenceTokens],
+    shape: Tokens | None,
+    beside: Beside | None,
+    attend: Attend,
 ) -> Tensor:
     """The edited attention at full strength."""
     q = _with_shape(own.q, edit.shape_query, "shape_query", None if shape is None else shape.q)
@@ -338,9 +366,12 @@ def _edited(
         target_q, target_k = _reference_statistics(references, q.shape[0])
         q = apply_statistics(q, target_q, layout="tokens")
         k = apply_statistics(k, target_k, layout="tokens") if has_own else k
-    sources = [_Source(k, own.v, None, 0.0)] if has_own else []
-    if reads:
-        sources += [_Source(r.k, r.v, r.mask, math.log(r.strength) + edit.reference_bias) for r in references]
+    sources = [] if beside is None else [_read_beside(beside)]
+    sources += [_Source(k, own.v, None, 0.0)] if has_own else []
+    if reads and references:
+        # In `replace` nothing of the picture's own stands against the references: only their proportions count.
+        shared = edit.reference_bias if has_own else -math.log(max(r.strength for r in references))
+        sources += [_Source(r.k, r.v, r.mask, math.log(r.strength) + shared) for r in references]
     k, v, bias = _join(sources, q)
     if edit.contrast == 1:
         return _attend_biased(q, k, v, bias, edit.temperature, attend)
@@ -392,23 +423,30 @@ def _reference_statistics(references: Sequence[ReferenceTokens], b: int) -> tupl
 
 
 class _Source(NamedTuple):
-    """One run of keys and values: its mask, and the bias that all of them share."""
+    """One run of keys and values: its mask, the bias that all of them share, and what each has besides."""
 
     k: Tensor
     v: Tensor
     mask: Tensor | None
     bias: float
+    biases: Tensor | None = None
+    """(B or 1, N), of each."""
+
+
+def _read_beside(beside: Beside) -> _Source:
+    return _Source(beside.k, beside.v, None, 0.0, beside.bias)
 
 
 def _join(sources: Sequence[_Source], q: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys and values (B, H, Nk, D) side by side, and their bias (B or 1, Nk), None where it is constant."""
     keys, values, biases = [], [], []
     constant = all(source.bias == sources[0].bias for source in sources)
-    plain = constant and all(source.mask is None for source in sources)
-    for k, v, mask, shared in sources:
+    plain = constant and all(source.mask is None and source.biases is None for source in sources)
+    for k, v, mask, shared, each in sources:
         if not plain:
             own = torch.ones(1, k.shape[2], device=k.device) if mask is None else mask
-            biases.append(_log_weight(own, statistics_dtype(q.dtype)) + (0.0 if constant else shared))
+            bias = _log_weight(own, statistics_dtype(q.dtype)) + (0.0 if constant else shared)
+            biases.append(bias if each is None else bias + each.to(bias.dtype))
         keys.append(k.to(q.dtype).expand(q.shape[0], -1, -1, -1))
         values.append(v.to(q.dtype).expand(q.shape[0], -1, -1, -1))
     return _concatenate(keys, dim=2), _concatenate(values, dim=2), None if plain else _concatenate(biases, dim=1)
@@ -506,7 +544,11 @@ def _concatenate(parts: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def _check_tokens(
-    own: Tokens, references: Sequence[ReferenceTokens], shape: Tokens | None, mask_out: Tensor | None
+    own: Tokens,
+    references: Sequence[ReferenceTokens],
+    shape: Tokens | None,
+    mask_out: Tensor | None,
+    beside: Beside | None,
 ) -> None:
     """Raise ValueError where the shapes of an attention call do not fit. Looks at shapes only."""
     b, h, _, d = own.q.shape if own.q.ndim == 4 else (0, 0, 0, 0)
@@ -533,6 +575,11 @@ def _check_tokens(
                 )
     if mask_out is not None:
         align_mask(mask_out, own.q, layout="tokens")
+    if beside is not None and (beside.k.shape != beside.v.shape or beside.k.shape != (b, h, beside.k.shape[2], d)):
+        raise ValueError(
+            f"the tokens beside have k {tuple(beside.k.shape)} and v {tuple(beside.v.shape)}, needed is "
+            f"({b}, {h}, N_beside, {d}): take them from the same attention call"
+        )
 
 
 def _require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -22,12 +22,13 @@ from torch import Tensor
 from ..attention import (
     Attend,
     AttentionEdit,
+    Beside,
     ReferenceTokens,
     Tokens,
     attention_weighted_adain,
     edited_attention,
+    plain_attention,
     reading_map,
-    scaled_dot_product,
 )
 from ..injection import Injection, Window
 from ..reference import Reference
@@ -37,8 +38,15 @@ from .base import Crop, Grid, map_to_tokens, mask_to_tokens
 from .report import Report
 
 States = dict[str, Tensor]
-"""What the model saw in a reference: the input (1, C, h, w) of each self-attention by its name, and of `features`."""
+"""What the model saw in a reference: the input (1, C, h, w) of each self-attention by its name, and of `features`.
+
+Where a session's states are `projected`: what each attention was given instead, (1, C, h, w) by its `stored` name."""
 FEATURES = "features"
+
+
+def stored(site: str, role: str) -> str:
+    """The name of a self-attention's queries, keys or values ("q", "k" or "v") among projected states."""
+    return f"{site}.{role}"
 
 
 class Rows(NamedTuple):
@@ -85,6 +93,8 @@ class Session:
     Args:
         injections: what is asked for.
         sites: the model's self-attentions in the order in which they run.
+        projected: whether the states are queries, keys and values as the attention gets them, not what a layer still
+            has to project; `normalise` then has nothing to work on.
 
     Raises:
         ValueError: an injection's sites mean nothing on this model.
@@ -92,6 +102,7 @@ class Session:
 
     injections: tuple[Injection, ...]
     sites: Sequence[Site]
+    projected: bool = False
     report: Report = field(init=False)
     _plans: list[_Plan] = field(init=False)
     _now: list[_Active] = field(default_factory=list, init=False)
@@ -113,13 +124,20 @@ class Session:
         """What has to be captured of a reference, for all the injections that read it together."""
         names: set[str] = set()
         for plan in self._plans:
-            injection = plan.injection
+            injection, edit = plan.injection, plan.injection.edit
             if any(same_states(reference, one) for one in injection.appearance):
-                names |= plan.sites
+                names |= self._stored(plan.sites, "qkv" if edit.qk_stats else "kv")
             if injection.shape is not None and same_states(reference, injection.shape):
-                names |= plan.shape_sites if injection.edit.shape_query > 0 or injection.edit.shape_key > 0 else set()
+                if edit.shape_query > 0 or edit.shape_key > 0:
+                    names |= self._stored(plan.shape_sites, "qk" if edit.shape_key > 0 else "q")
                 names |= {FEATURES} if injection.feature_strength > 0 else set()
         return frozenset(names)
+
+    def _stored(self, sites: frozenset[str], roles: str) -> frozenset[str]:
+        """The names of the states that serve these roles at these sites."""
+        if self.projected:
+            return frozenset(stored(site, role) for site in sites for role in roles)
+        return sites
 
     def begin(self, states: Callable[[Reference], States], within: Callable[[Window], bool]) -> None:
         """Start an evaluation of the model: decide what is at work and see that its references are known.
@@ -175,15 +193,17 @@ class Session:
             self.report.count(FEATURES)
         return h
 
-    def prepare(self, site: str, n: Tensor, grid: Grid, rows: Sequence[Rows], layer: Layer) -> AttentionCall | None:
+    def prepare(
+        self, site: str, n: Tensor, grid: Grid, rows: Sequence[Rows], layer: Layer | None
+    ) -> AttentionCall | None:
         """What is to be done to a self-attention call, or None.
 
         Args:
             site: its name.
-            n: (B, N, C), what enters the layer.
+            n: (B, N, C), what enters the layer; projected, the queries.
             grid: rows and columns of these tokens.
             rows: the prompts that the batch consists of.
-            layer: the layer's projections.
+            layer: the layer's projections; None where the states are projected already.
         """
         parts, hidden = [], n
         for plan, appearance, states in self._now:
@@ -195,15 +215,15 @@ class Session:
             edit = plan.edits[bool(reads), shape is not None]
             if edit is None:
                 continue
-            part = _Part(injection, edit, [self._readable(one, found[site], n) for one, found in reads])
+            part = _Part(injection, edit, [self._readable(one, found, site, edit, n) for one, found in reads])
             if shape is not None and (edit.shape_query > 0 or edit.shape_key > 0):
-                part.shape = _for_rows(shape[site], grid, "bilinear", rows, n)
-                part.shape_keys = part.shape if edit.shape_key > 0 else None
+                part.shape, part.shape_keys = self._layout(shape, site, edit, grid, rows, n)
             if injection.mask is not None:
                 part.mask = self._mask(injection.mask, grid, rows, n)
             if reads and injection.shape is not None and injection.shape.mask is not None:
                 part.around = self._mask(injection.shape.mask, grid, rows, n)
             if edit.reference == "normalise":
+                assert layer is not None  # hosts with projected states refuse it
                 hidden = _normalised(part, hidden, rows, layer)
             parts.append(part)
         if not parts:
@@ -211,20 +231,38 @@ class Session:
         change = _relative(hidden, n) if self._measuring and hidden is not n else None
         return AttentionCall(site, hidden, parts, rows, self.report, self._measuring, change)
 
-    def _readable(self, reference: Reference, states: Tensor, like: Tensor) -> _Readable:
+    def _layout(
+        self, states: States, site: str, edit: AttentionEdit, grid: Grid, rows: Sequence[Rows], like: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The shape reference's tokens that queries are made of, and those that keys are; None where none are."""
+        q = _for_rows(states[stored(site, "q") if self.projected else site], grid, "bilinear", rows, like)
+        if edit.shape_key == 0:
+            return q, None
+        return q, _for_rows(states[stored(site, "k")], grid, "bilinear", rows, like) if self.projected else q
+
+    def _readable(
+        self, reference: Reference, states: States, site: str, edit: AttentionEdit, like: Tensor
+    ) -> _Readable:
         """A reference's tokens (1, M, C) that may be read: a masked-out one is not even projected."""
-        tokens = map_to_tokens(states).to(like)
-        grid = Grid(*states.shape[-2:])
+        if not self.projected:
+            tokens = map_to_tokens(states[site]).to(like)
+            return self._unmasked(reference, Grid(*states[site].shape[-2:]), tokens, tokens, tokens)
+        maps = [states[stored(site, role)] for role in ("qkv" if edit.qk_stats else "kv")]
+        *q, k, v = (map_to_tokens(one).to(like) for one in maps)
+        return self._unmasked(reference, Grid(*maps[-1].shape[-2:]), q[0] if q else k, k, v)
+
+    def _unmasked(self, reference: Reference, grid: Grid, q: Tensor, k: Tensor, v: Tensor) -> _Readable:
         if reference.mask is None:
-            return _Readable(reference, tokens, None, grid)
+            return _Readable(reference, q, k, v, None, grid)
         key = ("readable", id(reference), grid)
         if key not in self._shared:
             mask = mask_to_tokens(reference.mask.to(torch.float32), grid)[0]
             # A token counts fully once half of it is the object; thin objects keep their best tokens instead.
             kept = (mask >= mask.amax().clamp(max=0.5)).nonzero().flatten()
-            self._shared[key] = kept.to(like.device)
+            self._shared[key] = kept.to(k.device)
         kept = self._shared[key]
-        return _Readable(reference, tokens.index_select(1, kept), kept, grid)
+        by_source = {id(x): x.index_select(1, kept) for x in (q, k, v)}
+        return _Readable(reference, by_source[id(q)], by_source[id(k)], by_source[id(v)], kept, grid)
 
     def _mask(self, mask: Tensor, grid: Grid, rows: Sequence[Rows], like: Tensor) -> Tensor:
         """A mask over the whole picture at the tokens of a call: (B or 1, N, 1)."""
@@ -236,10 +274,15 @@ class Session:
 
 
 class _Readable(NamedTuple):
-    """What of one appearance reference may be read at a site: tokens (1, M, C), their numbers among the grid's."""
+    """What of one appearance reference may be read at a site: tokens (1, M, C), their numbers among the grid's.
+
+    `q`, `k` and `v` are one tensor where the layer still has to project them.
+    """
 
     reference: Reference
-    tokens: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
     kept: Tensor | None
     grid: Grid
 
@@ -389,42 +432,51 @@ class AttentionCall:
             part.at = _Places(
                 None if part.shape is None else q.add(part.shape),
                 None if shape_k is None else k.add(shape_k),
-                [(q.add(x.tokens) if edit.qk_stats else None, k.add(x.tokens), v.add(x.tokens)) for x in reads],
+                [(q.add(x.q) if edit.qk_stats else None, k.add(x.k), v.add(x.v)) for x in reads],
             )
         keys = k.tokens()
         return q.tokens(), keys, keys if v.same(k) else v.tokens()
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
-        """Take the joined tokens (1, H, T, D) apart and let the operator work: (B', H, N', D)."""
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, attend: Attend, beside: Beside | None = None) -> Tensor:
+        """Take the joined tokens (1, H, T, D) apart and let the operator work: (B', H, N', D).
+
+        `beside`: what every query of the whole batch reads besides.
+        """
         plain: Tensor | None = None
         total: Tensor | None = None
         for part in self.parts:
             groups = part.groups(self.rows, self.tiles)
-            own, shape = self._tokens(part, q, k, v)
+            own, shape = self._tokens(part, q, k, v, beside is not None)
             done = []
             for at, edited in groups:
                 mine = own if len(groups) == 1 else Tokens(*(x[at] for x in own))
-                done.append(self._edited(part, mine, shape, q, k, v, at, attend) if edited else attend(*mine, None))
+                near = None if beside is None else _beside_of_rows(beside, at)
+                done.append(
+                    self._edited(part, mine, shape, q, k, v, at, near, attend)
+                    if edited
+                    else plain_attention(mine, near, attend)
+                )
             edited = done[0] if len(done) == 1 else torch.cat(done)
             if total is None:
                 total = edited
             else:
                 # Several injections on one site add their changes, so that disjoint masks do not disturb each other.
-                plain = attend(*own, None) if plain is None else plain
+                plain = plain_attention(own, beside, attend) if plain is None else plain
                 total = total + (edited - plain)
         assert total is not None
         self.report.count(self.site)
         if self.measuring:
-            own, _ = self._tokens(self.parts[0], q, k, v)
-            change = _relative(total, scaled_dot_product(*own))
+            own, _ = self._tokens(self.parts[0], q, k, v, beside is not None)
+            change = _relative(total, plain_attention(own, beside))
             self.report.measure(self.site, change if self.change is None else torch.maximum(change, self.change))
             self._look(q, k)
         return total.expand(self.batch, -1, -1, -1)
 
-    def _tokens(self, part: _Part, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tokens, Tokens | None]:
+    def _tokens(self, part: _Part, q: Tensor, k: Tensor, v: Tensor, every_row: bool) -> tuple[Tokens, Tokens | None]:
         """The output's own tokens and the shape's. What of the own is not read is empty, or the shape's instead.
 
-        Where nothing in them depends on the row, they have a batch of one: so has the edited attention.
+        Where nothing in them depends on the row, they have a batch of one unless `every_row` is asked for: so has the
+        edited attention.
         """
         assert part.at is not None
         own_q, own_k, own_v = (None if at is None else at.of(x) for at, x in zip(self.own, (q, k, v), strict=True))
@@ -435,7 +487,7 @@ class AttentionCall:
         assert own_q is not None
         own_v = own_q[:, :, :0] if own_v is None else own_v
         own_k = own_v if own_k is None else own_k
-        batch = max(x.shape[0] for x in (own_q, own_k, own_v))
+        batch = self.batch if every_row else max(x.shape[0] for x in (own_q, own_k, own_v))
         own = Tokens(*(x.expand(batch, -1, -1, -1) for x in (own_q, own_k, own_v)))
         return own, None if shape_q is None else Tokens(shape_q, own.k if shape_k is None else shape_k, own.v)
 
@@ -448,9 +500,10 @@ class AttentionCall:
         k: Tensor,
         v: Tensor,
         at: slice,
+        beside: Beside | None,
         attend: Attend,
     ) -> Tensor:
-        """The rows `at` of a part; `own` is theirs, all else the whole batch's."""
+        """The rows `at` of a part; `own` and `beside` are theirs, all else the whole batch's."""
         assert part.at is not None
         edit = part.edit
         if shape is not None:
@@ -464,10 +517,10 @@ class AttentionCall:
         if edit.reference == "normalise":  # the hidden state has been changed already
             edit = replace(edit, reference="none")
         mask = None if part.mask is None else _of_rows(part.mask[..., 0], at)
-        out = edited_attention(edit, own, references, shape=shape, mask_out=mask, attend=attend)
+        out = edited_attention(edit, own, references, shape=shape, mask_out=mask, beside=beside, attend=attend)
         if part.around is not None and references:
             layout = replace(edit, reference="none", qk_stats=False)
-            kept = edited_attention(layout, own, shape=shape, mask_out=mask, attend=attend)
+            kept = edited_attention(layout, own, shape=shape, mask_out=mask, beside=beside, attend=attend)
             out = torch.lerp(kept, out, _of_rows(part.around, at)[:, None].to(out.dtype))
         return out
 
@@ -496,12 +549,12 @@ def same_states(a: Reference, b: Reference) -> bool:
 
 def _normalised(part: _Part, hidden: Tensor, rows: Sequence[Rows], layer: Layer) -> Tensor:
     """Ctrl-X's hidden state: every token gets the moments of what it would read in the references."""
-    reference = torch.cat([one.tokens for one in part.reads], dim=1)
+    reference = torch.cat([one.k for one in part.reads], dim=1)
     strengths = [one.reference.strength for one in part.reads]
     weight = None
     if min(strengths) < max(strengths):  # as in the other modes, one reference counts relative to the others
         shares = [
-            one.tokens.new_full(one.tokens.shape[:2], s / max(strengths), dtype=torch.float32)
+            one.k.new_full(one.k.shape[:2], s / max(strengths), dtype=torch.float32)
             for one, s in zip(part.reads, strengths, strict=True)
         ]
         weight = torch.cat(shares, dim=1)
@@ -556,6 +609,11 @@ def _for_rows(maps: Tensor, grid: Grid, mode: str, rows: Sequence[Rows], like: T
 
 def _of_rows(x: Tensor, at: slice) -> Tensor:
     return x if x.shape[0] == 1 else x[at]
+
+
+def _beside_of_rows(beside: Beside, at: slice) -> Beside:
+    k, v, bias = beside
+    return Beside(_of_rows(k, at), _of_rows(v, at), None if bias is None else _of_rows(bias, at))
 
 
 def _tiled(x: Tensor, like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from inversion_core.attention import AttentionEdit, ReferenceTokens, Tokens
+from inversion_core.attention import AttentionEdit, Beside, ReferenceTokens, Tokens
 
 Array = NDArray[np.float64]
 
@@ -30,10 +30,6 @@ def row(x: Tensor, b: int) -> Array:
 def softmax_weighted(logits: Array, weights: Array) -> Array:
     e = np.exp(logits - logits.max(axis=1, keepdims=True)) * weights
     return e / e.sum(axis=1, keepdims=True)
-
-
-def plain(q: Array, k: Array, v: Array) -> Array:
-    return softmax_weighted(q @ k.T / np.sqrt(q.shape[1]), np.ones(len(k))) @ v
 
 
 def moments(x: Array, weights: Array) -> tuple[Array, Array]:
@@ -53,12 +49,19 @@ def edited_attention(
     references: Sequence[ReferenceTokens] = (),
     shape: Tokens | None = None,
     mask_out: Tensor | None = None,
+    beside: Beside | None = None,
 ) -> Array:
     out = np.zeros(tuple(own.q.shape))
     for b in range(out.shape[0]):
         for h in range(out.shape[1]):
             q, k, v = (row(x, b)[h] for x in own)
-            untouched = plain(q, k, v)
+            near_k, near_v, near_w = k[:0], v[:0], np.zeros(0)
+            if beside is not None:
+                near_k, near_v = row(beside.k, b)[h], row(beside.v, b)[h]
+                near_w = np.ones(len(near_k)) if beside.bias is None else np.exp(row(beside.bias, b))
+            all_k, all_w = np.concatenate([near_k, k]), np.concatenate([near_w, np.ones(len(k))])
+            a = softmax_weighted(q @ all_k.T / np.sqrt(q.shape[1]), all_w)
+            untouched = a @ np.concatenate([near_v, v])
             if shape is not None:
                 q = (1 - edit.shape_query) * q + edit.shape_query * row(shape.q, b)[h]
                 k = (1 - edit.shape_key) * k + edit.shape_key * row(shape.k, b)[h]
@@ -72,14 +75,16 @@ def edited_attention(
                 w = np.concatenate([p[3] for p in parts])
                 q = match(q, moments(np.concatenate([p[0] for p in parts]), w))
                 k = match(k, moments(np.concatenate([p[1] for p in parts]), w))
-            keys, values, weights = [k], [v], [np.ones(len(k))]
+            keys, values, weights = [near_k, k], [near_v, v], [near_w, np.ones(len(k))]
             if edit.reference in ("replace", "extend") and parts:
+                gain = np.exp(edit.reference_bias)
                 if edit.reference == "replace":
-                    keys, values, weights = [], [], []
+                    keys, values, weights = [near_k], [near_v], [near_w]
+                    gain = 1 / max(r.strength for r in references)
                 for _, rk, rv, w in parts:
                     keys.append(rk)
                     values.append(rv)
-                    weights.append(w * np.exp(edit.reference_bias))
+                    weights.append(w * gain)
             keys, values, weights = np.concatenate(keys), np.concatenate(values), np.concatenate(weights)
             keys, values, weights = keys[weights > 0], values[weights > 0], weights[weights > 0]
             a = softmax_weighted(edit.temperature * (q @ keys.T) / np.sqrt(q.shape[1]), weights)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from inversion_core import attention as module
 from inversion_core.attention import (
     AttentionEdit,
+    Beside,
     ReferenceMode,
     ReferenceTokens,
     Tokens,
@@ -114,6 +115,30 @@ def test_each_field_equals_the_oracle(fields: dict[str, Any], masked: bool) -> N
     case, edit = Case(masked=masked), AttentionEdit(**fields)
     assert_close(case.run(edit), case.expected(edit))
     assert_close(case.run(edit, mask_out=case.mask_out), case.expected(edit, case.mask_out))
+
+
+@pytest.mark.parametrize("strengths", [(1.0, 1.0), (0.5, 0.25)], ids=["full", "weak"])
+@pytest.mark.parametrize("biased", [False, True], ids=["all", "biased"])
+@pytest.mark.parametrize("fields", FIELDS, ids=lambda f: "-".join(f"{k}={v}" for k, v in f.items()))
+def test_what_lies_beside_is_read_whatever_the_edit(
+    fields: dict[str, Any], biased: bool, strengths: tuple[float, float]
+) -> None:
+    case, edit = Case(masked=True), AttentionEdit(**fields)
+    case.references = [replace(r, strength=s) for r, s in zip(case.references, strengths, strict=True)]
+    k, v = (torch.randn(2, 3, 4, 6, generator=case.generator, dtype=torch.float64) for _ in range(2))
+    bias = torch.tensor([[0.0, -1.0, -torch.inf, 0.7]], dtype=torch.float64) if biased else None
+    beside = Beside(k, v, bias)
+    for mask in (None, case.mask_out):
+        expected = oracle.edited_attention(edit, case.own, case.references, case.shape, mask, beside)
+        assert_close(case.run(edit, beside=beside, mask_out=mask), expected)
+        assert np.abs(expected - case.expected(edit, mask)).max() > 1e-3
+
+
+def test_tokens_beside_of_another_batch_are_refused() -> None:
+    case = Case()
+    one = torch.zeros(1, 3, 4, 6, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"beside have k \(1, 3, 4, 6\).*needed is \(2, 3, N_beside, 6\)"):
+        case.run(AttentionEdit(), beside=Beside(one, one))
 
 
 edits = st.builds(
