@@ -11,6 +11,7 @@ with values in [0, 1]. Logits are `temperature * q.k / sqrt(D) + bias`.
 | Visual Style Prompting | arXiv 2402.12974 | `reference="replace"` |
 | StyleID | arXiv 2312.09008 | `reference="replace"`, `shape_query=0.75`, `temperature=1.5` |
 | Ctrl-X | arXiv 2406.07540 | `reference="normalise"`, `shape_query=1`, `shape_key=1` |
+| Cross-Feature Attention | ours (docs/features.md) | `reference="none"`, `matched=1` |
 
 Guarantees: no input is changed; nothing waits for the device (only `readable_tokens` does); memory is linear in the
 tokens; statistics are float32 (float64 for float64 input); every plain attention goes through the host's own `attend`.
@@ -86,6 +87,9 @@ class AttentionEdit:
     """Above 0, at most 100. The logits are multiplied by it: above 1 is sharper (StyleID, 1.5)."""
     reference_bias: float = 0.0
     """-50 to 50. Added to the logits of reference keys (StyleAligned's shift, log 2). Without effect in `replace`."""
+    matched: float = 0.0
+    """0 to 1. Share of what was read without queries and keys, where features say (Cross-Feature Attention); at 1 all
+    of the above is without effect."""
     strength: float = 1.0
     """0 to 1. Output between the plain and the edited attention; 0 = plain, bit for bit; 1 = as published."""
 
@@ -97,6 +101,7 @@ class AttentionEdit:
         _require_range("contrast", self.contrast, 1, 10, "1 is no contrast, 1.67 the published value")
         _require_range("temperature", self.temperature, 1e-3, 100, "1 is neutral, above 1 is sharper")
         _require_range("reference_bias", self.reference_bias, -50, 50, "0 is neutral, log 2 = 0.69 counts keys twice")
+        _require_range("matched", self.matched, 0, 1, "0 asks by queries alone, 1 by features alone")
         _require_range("strength", self.strength, 0, 1, "0 is untouched, 1 as published")
 
 
@@ -203,6 +208,7 @@ def edited_attention(
     references: Sequence[ReferenceTokens] = (),
     *,
     shape: Tokens | None = None,
+    matched: Tensor | None = None,
     mask_out: Tensor | None = None,
     beside: Beside | None = None,
     attend: Attend = scaled_dot_product,
@@ -214,6 +220,7 @@ def edited_attention(
         own: the output's tokens.
         references: appearance references; with several, their keys stand side by side, each with its mask and strength.
         shape: the shape reference's tokens, batch B or 1, as many tokens as `own`; its `v` is not used.
+        matched: (B or 1, H, N, D), the values that features let each token read, for `edit.matched`.
         mask_out: (B or 1, N) in [0, 1], where the edit acts: `m * edited + (1-m) * plain`, `plain` being the attention
             of the untouched own tokens.
         beside: further keys and values that are read whatever the edit, as a prompt's in joint attention.
@@ -234,7 +241,9 @@ def edited_attention(
     if edit.strength == 0:
         return plain_attention(own, beside, attend)
     _check_tokens(own, references, shape, mask_out, beside)
-    edited = _edited(edit, own, references, shape, beside, attend)
+    edited = _with_matched(
+        edit, own, matched, beside, attend, lambda: _edited(edit, own, references, shape, beside, attend)
+    )
     if edit.strength == 1 and mask_out is None:
         return edited
     return _blend(plain_attention(own, beside, attend), edited, edit.strength, mask_out)
@@ -343,6 +352,41 @@ def reading_map(q: Tensor, k: Tensor) -> Tensor:
     for part in q.split(_chunk(q, keys), dim=2):
         total += ((part.to(dtype) / math.sqrt(q.shape[-1])) @ keys).softmax(dim=-1).sum(dim=(1, 2))
     return total / (q.shape[1] * q.shape[2])
+
+
+def _with_matched(
+    edit: AttentionEdit,
+    own: Tokens,
+    matched: Tensor | None,
+    beside: Beside | None,
+    attend: Attend,
+    asked: Callable[[], Tensor],
+) -> Tensor:
+    """`edit.matched * matched + (1 - edit.matched) * asked()`."""
+    if edit.matched == 0:
+        return asked()
+    if matched is None or matched.shape[0] not in (1, own.q.shape[0]) or matched.shape[1:] != own.q.shape[1:]:
+        raise ValueError(
+            f"edit.matched is {edit.matched}, which needs matched values as (B or 1, H, N, D) for queries "
+            f"{tuple(own.q.shape)}, but got {None if matched is None else tuple(matched.shape)}"
+        )
+    matched = matched.to(own.q).expand_as(own.q)
+    if beside is not None:
+        matched = _matched_beside(own, matched, beside, attend)
+    return matched if edit.matched == 1 else torch.lerp(asked(), matched, edit.matched)
+
+
+def _matched_beside(own: Tokens, matched: Tensor, beside: Beside, attend: Attend) -> Tensor:
+    """What lies beside is read as in the plain attention; what is left of each query's attention reads `matched`."""
+
+    def told(v: Tensor, share: float) -> Tensor:
+        """The values with one more channel, which adds up to the share of the attention that goes to them."""
+        return pad(v, (0, 1), value=share)
+
+    apart = beside._replace(v=told(beside.v, 1.0))
+    k, v, bias = _join([_read_beside(apart), _Source(own.k, told(torch.zeros_like(own.v), 0.0), None, 0.0)], own.q)
+    read = _attend_biased(own.q, k, v, bias, 1.0, attend)
+    return read[..., :-1] + (1 - read[..., -1:]) * matched
 
 
 def _edited(

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from .attention import AttentionEdit
+from .correspondence import Correspondence
 from .reference import Reference
 
 
@@ -37,11 +38,13 @@ class Injection:
         shape_sites: which self-attentions take the shape's queries and keys; None means the same as `sites`.
         feature_strength: 0 to 1, share of the shape reference in the features that leave the decoder's first block
             with self-attention (block 3 of SD1.5: Plug-and-Play, arXiv 2211.12572; block 0 of SDXL: Ctrl-X).
+        matches: where each part of the output reads each appearance reference, for `edit.matched`; the output is taken
+            to be laid out like their `output` picture.
         mask: (1, 1, h, w) in [0, 1], 1 where the output is edited; any size, resized to each site; None: everywhere.
         rows: edit every row of the batch, or only those of the positive prompt.
 
     Raises:
-        ValueError: no reference, a share outside its range, an empty mask.
+        ValueError: no reference, a share outside its range, an empty mask, not one match for each appearance reference.
     """
 
     edit: AttentionEdit
@@ -52,6 +55,7 @@ class Injection:
     shape_window: Window = field(default_factory=Window)
     shape_sites: str | None = None
     feature_strength: float = 1.0
+    matches: tuple[Correspondence, ...] = ()
     mask: Tensor | None = None
     rows: Literal["all", "positive"] = "all"
 
@@ -60,6 +64,11 @@ class Injection:
             raise ValueError("an injection needs an appearance reference, a shape reference or both, but got neither")
         if not 0 <= self.feature_strength <= 1:
             raise ValueError(f"feature_strength is {self.feature_strength}, but it must be between 0 and 1")
+        if self.edit.matched > 0 and len(self.matches) != len(self.appearance):
+            raise ValueError(
+                f"matched reading needs one correspondence for each appearance reference, but {len(self.appearance)} "
+                f"references have {len(self.matches)}"
+            )
         if self.mask is not None and not bool((self.mask > 0).any()):
             raise ValueError("the output mask is empty: nothing would be edited. Paint it or disconnect it")
 
@@ -80,8 +89,8 @@ class Injection:
         """The edit with only those references that are at work; None if nothing is left to do."""
         edit = self.edit
         if not appearance or not self.appearance:
-            edit = replace(edit, reference="none", qk_stats=False)
+            edit = replace(edit, reference="none", qk_stats=False, matched=0.0)
         if not shape or self.shape is None:
             edit = replace(edit, shape_query=0.0, shape_key=0.0)
-        idle = edit.reference == "none" and not edit.qk_stats and edit.shape_query == 0 and edit.shape_key == 0
-        return None if idle else edit
+        reads = edit.reference != "none" or edit.qk_stats or edit.matched > 0
+        return edit if reads or edit.shape_query > 0 or edit.shape_key > 0 else None

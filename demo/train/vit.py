@@ -49,10 +49,11 @@ class VitStage:
         head = nn.Sequential(nn.Linear(WIDTH, 256), nn.GELU(), nn.Linear(256, 64))
         self.backbone = build_vit()
         self.model = nn.ModuleDict({"backbone": self.backbone, "cls": head}).to(device)
-        for block in self.backbone.blocks:
+        blocks: Any = self.backbone.blocks
+        for block in blocks:
             # On a CPU in bfloat16 the fused kernel's backward takes longer than all the rest.
-            block.attn.fused_attn = device.type != "cpu"  # pyright: ignore
-        self.backbone.blocks[-1].attn.qkv.register_forward_hook(self._keep_keys)  # pyright: ignore
+            block.attn.fused_attn = device.type != "cpu"
+        blocks[-1].attn.qkv.register_forward_hook(self._keep_keys)
 
     def warm_start(self) -> None:
         """Begin with the committed backbone; the head begins anew."""
@@ -94,8 +95,8 @@ class VitStage:
         for descriptors in (tokens, self._keys):
             grid = (side // PATCH, side // PATCH)
             maps = descriptors[:, 1:].float().transpose(1, 2).unflatten(2, grid)
-            found = (_at(half, places) for half, places in zip(maps.chunk(2), seen, strict=True))
-            losses.append(_dense(*found, same.to(self.device)))
+            one, two = (_at(half, places) for half, places in zip(maps.chunk(2), seen, strict=True))
+            losses.append(_dense(one, two, same.to(self.device)))
         return losses
 
 

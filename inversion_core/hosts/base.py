@@ -54,10 +54,14 @@ class Crop(NamedTuple):
     size: Grid
     full: Grid
 
+    def whole(self, grid: Grid) -> Grid:
+        """The grid of the whole picture where a call that sees this part has this one."""
+        rows = round(grid.height * self.full.height / self.size.height)
+        return Grid(rows, round(grid.width * self.full.width / self.size.width))
+
     def of(self, maps: Tensor, grid: Grid, mode: str) -> Tensor:
         """Maps (B, C, h, w) over the whole picture -> (B, C, *grid), the part that a call with this grid sees."""
-        rows = round(grid.height * self.full.height / self.size.height)
-        columns = round(grid.width * self.full.width / self.size.width)
+        rows, columns = self.whole(grid)
         whole = _resize(maps, Grid(rows, columns), mode)
         top = round(self.top * rows / self.full.height)
         left = round(self.left * columns / self.full.width)

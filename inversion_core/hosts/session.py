@@ -30,11 +30,12 @@ from ..attention import (
     plain_attention,
     reading_map,
 )
+from ..correspondence import Correspondence, SparseMap
 from ..injection import Injection, Window
 from ..reference import Reference
 from ..sites import Site, select
 from ..statistics import standardise
-from .base import Crop, Grid, map_to_tokens, mask_to_tokens
+from .base import Crop, Grid, map_to_tokens, mask_to_tokens, tokens_to_map
 from .report import Report
 
 States = dict[str, Tensor]
@@ -107,6 +108,7 @@ class Session:
     _plans: list[_Plan] = field(init=False)
     _now: list[_Active] = field(default_factory=list, init=False)
     _shared: dict[Any, Any] = field(default_factory=dict, init=False)
+    _maps: dict[tuple[Correspondence, Grid, Grid], SparseMap] = field(default_factory=dict, init=False)
     _measuring: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -215,7 +217,12 @@ class Session:
             edit = plan.edits[bool(reads), shape is not None]
             if edit is None:
                 continue
-            part = _Part(injection, edit, [self._readable(one, found, site, edit, n) for one, found in reads])
+            part = _Part(injection, edit, [], self.projected)
+            if edit.matched < 1:
+                part.reads = [self._readable(one, found, site, edit, n) for one, found in reads]
+            if edit.matched > 0:
+                source = stored(site, "v") if self.projected else site
+                part.matched = self._matched(site, injection, [found[source] for _, found in reads], grid, rows, n)
             if shape is not None and (edit.shape_query > 0 or edit.shape_key > 0):
                 part.shape, part.shape_keys = self._layout(shape, site, edit, grid, rows, n)
             if injection.mask is not None:
@@ -264,6 +271,38 @@ class Session:
         by_source = {id(x): x.index_select(1, kept) for x in (q, k, v)}
         return _Readable(reference, by_source[id(q)], by_source[id(k)], by_source[id(v)], kept, grid)
 
+    def _matched(
+        self, site: str, injection: Injection, states: list[Tensor], grid: Grid, rows: Sequence[Rows], like: Tensor
+    ) -> Tensor:
+        """What features let the tokens of a call read, (B or 1, N, C): the references' hidden states, before the layer
+        projects them, or their values where it has. A projection is linear and the weights sum to 1, so it makes no
+        difference when they are mixed, and a pack that cuts or merges the tokens can do the same to these."""
+        whole, read = rows[0].crop.whole(grid), 0.0
+        total = sum(reference.strength for reference in injection.appearance)
+        for reference, pair, state in zip(injection.appearance, injection.matches, states, strict=True):
+            tokens = map_to_tokens(state).to(like)
+            found = self._map(pair, whole, Grid(*state.shape[-2:]), tokens)
+            read = read + found.apply(tokens[:, None])[:, 0] * (reference.strength / total)
+        assert isinstance(read, Tensor)
+        if self._measuring:
+            self._look(site, injection.matches[0], states[0], whole)
+        return _for_rows(tokens_to_map(read, whole), grid, "bilinear", rows, like)
+
+    def _map(self, pair: Correspondence, grid: Grid, reference_grid: Grid, like: Tensor) -> SparseMap:
+        """A pair's map where the model works: brought there once a run, not in every step."""
+        key = (pair, grid, reference_grid)
+        if key not in self._maps:
+            found = pair.at(grid, reference_grid)
+            self._maps[key] = SparseMap(found.index.to(like.device), found.weight.to(like))
+        return self._maps[key]
+
+    def _look(self, site: str, pair: Correspondence, state: Tensor, grid: Grid) -> None:
+        """Remember how much features let each token of the first reference be read, for the report's picture."""
+        seen = Grid(*state.shape[-2:])
+        index, weight = self._map(pair, grid, seen, state)
+        share = weight.new_zeros(seen.height * seen.width, dtype=torch.float32)
+        self.report.look(site, share.index_add(0, index.flatten(), weight.flatten().float()), None, seen)
+
     def _mask(self, mask: Tensor, grid: Grid, rows: Sequence[Rows], like: Tensor) -> Tensor:
         """A mask over the whole picture at the tokens of a call: (B or 1, N, 1)."""
         key = ("mask", id(mask), grid, tuple(rows))
@@ -301,9 +340,14 @@ class _Place(NamedTuple):
 
 
 class _Joined:
-    """Tokens side by side in a single row: what is the same for the whole batch is then projected only once."""
+    """Tokens side by side in a single row: what is the same for the whole batch is then projected only once.
 
-    def __init__(self) -> None:
+    Args:
+        filler: (1, 1, C), what is projected where nothing is added: some layers cannot take no tokens at all.
+    """
+
+    def __init__(self, filler: Tensor) -> None:
+        self._filler = filler
         self._parts: list[Tensor] = []
         self._end = 0
 
@@ -316,7 +360,7 @@ class _Joined:
 
     def tokens(self) -> Tensor:
         """All of them, (1, T, C)."""
-        flat = [one.reshape(1, -1, one.shape[2]) for one in self._parts]
+        flat = [one.reshape(1, -1, one.shape[2]) for one in self._parts or [self._filler]]
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
 
     def same(self, other: _Joined) -> bool:
@@ -325,23 +369,30 @@ class _Joined:
 
 
 class _Places(NamedTuple):
-    """Where a part's tokens lie: the shape's queries and keys; each appearance reference's queries, keys and values."""
+    """Where a part's tokens lie: the shape's queries and keys; the values that features chose; each appearance
+    reference's queries, keys and values."""
 
     shape_q: _Place | None
     shape_k: _Place | None
+    matched: _Place | None
     reads: list[tuple[_Place | None, _Place, _Place]]
 
 
 @dataclass
 class _Part:
-    """One injection's share of a call. `shape`, `mask` and `around` are (B or 1, N, channels), token by token."""
+    """One injection's share of a call. `shape`, `matched`, `mask` and `around` are (B or 1, N, channels), token by
+    token."""
 
     injection: Injection
     edit: AttentionEdit
     reads: list[_Readable]
+    projected: bool = False
+    """Whether the host gives queries, keys and values: its own ones then cost no projection."""
     shape: Tensor | None = None
     shape_keys: Tensor | None = None
     """The shape's tokens as keys: in the order of the own keys, which are never merged."""
+    matched: Tensor | None = None
+    """What features let the tokens read."""
     mask: Tensor | None = None
     around: Tensor | None = None
     """Appearance goes where the shape reference's object is; around it only the layout is kept."""
@@ -350,12 +401,12 @@ class _Part:
     @property
     def maps(self) -> list[Tensor]:
         """Everything that belongs to the output's tokens one by one."""
-        return [one for one in (self.shape, self.mask, self.around) if one is not None]
+        return [one for one in (self.shape, self.matched, self.mask, self.around) if one is not None]
 
     def with_maps(self, maps: Sequence[Tensor]) -> _Part:
         """The same with other `maps`, given in their order."""
         left = iter(maps)
-        names = ("shape", "mask", "around")
+        names = ("shape", "matched", "mask", "around")
         return replace(self, **{name: next(left) for name in names if getattr(self, name) is not None})
 
     def edits_all(self, rows: Sequence[Rows]) -> bool:
@@ -417,7 +468,7 @@ class AttentionCall:
         context = _tiled(context, n)
         value = context if same else _tiled(value, n)
         plain = self.measuring or len(self.parts) > 1 or any(_needs_plain(part, self.rows) for part in self.parts)
-        q, k, v = _Joined(), _Joined(), _Joined()
+        q, k, v = (_Joined(n[:1, :1]) for _ in range(3))
         self.own = (
             q.add(n) if plain or any(_needs_queries(part) for part in self.parts) else None,
             k.add(context) if plain or any(_needs_keys(part) for part in self.parts) else None,
@@ -432,6 +483,7 @@ class AttentionCall:
             part.at = _Places(
                 None if part.shape is None else q.add(part.shape),
                 None if shape_k is None else k.add(shape_k),
+                None if part.matched is None else v.add(part.matched),
                 [(q.add(x.q) if edit.qk_stats else None, k.add(x.k), v.add(x.v)) for x in reads],
             )
         keys = k.tokens()
@@ -483,6 +535,8 @@ class AttentionCall:
         shape_q = None if part.at.shape_q is None else part.at.shape_q.of(q)
         shape_k = None if part.at.shape_k is None else part.at.shape_k.of(k)
         own_q = shape_q if own_q is None else own_q
+        if own_q is None and part.at.matched is not None:
+            own_q = part.at.matched.of(v)  # nothing asks, but the operator takes its shape from the queries
         own_k = shape_k if own_k is None else own_k
         assert own_q is not None
         own_v = own_q[:, :, :0] if own_v is None else own_v
@@ -517,10 +571,12 @@ class AttentionCall:
         if edit.reference == "normalise":  # the hidden state has been changed already
             edit = replace(edit, reference="none")
         mask = None if part.mask is None else _of_rows(part.mask[..., 0], at)
-        out = edited_attention(edit, own, references, shape=shape, mask_out=mask, beside=beside, attend=attend)
-        if part.around is not None and references:
-            layout = replace(edit, reference="none", qk_stats=False)
-            kept = edited_attention(layout, own, shape=shape, mask_out=mask, beside=beside, attend=attend)
+        matched = None if part.at.matched is None else _of_rows(part.at.matched.of(v), at)
+        near: dict[str, Any] = {"shape": shape, "mask_out": mask, "beside": beside, "attend": attend}
+        out = edited_attention(edit, own, references, matched=matched, **near)
+        if part.around is not None and (references or matched is not None):
+            layout = replace(edit, reference="none", qk_stats=False, matched=0.0)
+            kept = edited_attention(layout, own, **near)
             out = torch.lerp(kept, out, _of_rows(part.around, at)[:, None].to(out.dtype))
         return out
 
@@ -585,12 +641,17 @@ def _needs_plain(part: _Part, rows: Sequence[Rows]) -> bool:
 
 def _needs_queries(part: _Part) -> bool:
     """Whether the edited attention asks with own queries."""
-    return part.shape is None or part.edit.shape_query < 1
+    return _asks(part) and (part.shape is None or part.edit.shape_query < 1)
+
+
+def _asks(part: _Part) -> bool:
+    """Whether queries and keys have a say anywhere in the edited attention."""
+    return part.edit.matched < 1 or part.around is not None or part.projected
 
 
 def _needs_values(part: _Part) -> bool:
     """Whether the edited attention reads own values."""
-    return part.edit.reference != "replace" or part.around is not None
+    return _asks(part) and (part.edit.reference != "replace" or part.around is not None)
 
 
 def _needs_keys(part: _Part) -> bool:

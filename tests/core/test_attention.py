@@ -141,6 +141,40 @@ def test_tokens_beside_of_another_batch_are_refused() -> None:
         case.run(AttentionEdit(), beside=Beside(one, one))
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["open", "masked"])
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_matched_values_are_mixed_with_what_the_rest_gives(share: float, masked: bool) -> None:
+    case, rest = Case(), AttentionEdit("extend", shape_query=0.5)
+    matched = torch.randn(1, *case.own.q.shape[1:], generator=case.generator, dtype=torch.float64)
+    asked, plain = case.expected(rest), case.expected(AttentionEdit("none"))
+    mixed = asked + share * (matched.numpy() - asked)
+    mask = case.mask_out if masked else None
+    weight = 0.6 * (1.0 if mask is None else mask.double()[:, None, :, None].numpy())
+    edit = replace(rest, matched=share, strength=0.6)
+    assert_close(case.run(edit, matched=matched, mask_out=mask), plain + weight * (mixed - plain))
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["all", "biased"])
+def test_beside_matched_values_the_rest_keeps_its_share_of_the_attention(biased: bool) -> None:
+    case = Case()
+    k, v = (torch.randn(2, 3, 4, 6, generator=case.generator, dtype=torch.float64) for _ in range(2))
+    bias = torch.tensor([[0.0, -1.0, -torch.inf, 0.7]], dtype=torch.float64) if biased else None
+    logits = case.own.q @ torch.cat((k, case.own.k), dim=2).transpose(2, 3) / math.sqrt(6)
+    if bias is not None:
+        logits[..., :4] += bias
+    shares = logits.softmax(dim=-1)
+    expected = shares[..., :4] @ v + shares[..., 4:].sum(-1, keepdim=True) * case.own.v.flip(0)
+    edit = AttentionEdit("none", matched=1.0)
+    assert_close(case.run(edit, matched=case.own.v.flip(0), beside=Beside(k, v, bias)), expected.numpy())
+
+
+def test_matched_values_that_lack_or_do_not_fit_are_refused() -> None:
+    case, edit = Case(), AttentionEdit("none", matched=1.0)
+    for matched in (None, case.own.q[:, :, :-1]):
+        with pytest.raises(ValueError, match=r"matched values as \(B or 1, H, N, D\)"):
+            case.run(edit, matched=matched)
+
+
 edits = st.builds(
     AttentionEdit,
     reference=st.sampled_from(MODES),
@@ -434,7 +468,7 @@ def test_the_clip_matters_and_the_linear_form_has_none() -> None:
 @pytest.mark.parametrize("form", ["exact", "linear"])
 def test_nothing_waits_for_the_device_and_no_input_changes(mode: ReferenceMode, form: Any) -> None:
     """Tensors on the meta device hold no values: reading one on the host raises."""
-    edit = AttentionEdit(mode, 0.5, 0.5, True, 1.67, form, 1.5, 0.7, 0.5)
+    edit = AttentionEdit(mode, 0.5, 0.5, True, 1.67, form, 1.5, 0.7, 0.5, 0.5)
     case = Case(masked=True)
 
     def meta(x: Tensor | None) -> Any:
@@ -442,7 +476,7 @@ def test_nothing_waits_for_the_device_and_no_input_changes(mode: ReferenceMode, 
 
     references = [ReferenceTokens(meta(r.k), meta(r.v), meta(r.mask), 0.5, meta(r.q)) for r in case.references]
     own, shape = (Tokens(*(x.to("meta") for x in t)) for t in (case.own, case.shape))
-    out = edited_attention(edit, own, references, shape=shape, mask_out=meta(case.mask_out))
+    out = edited_attention(edit, own, references, shape=shape, matched=own.v, mask_out=meta(case.mask_out))
     assert out.shape == own.q.shape
     h, h_ref = torch.zeros(2, 7, 6, device="meta"), torch.zeros(2, 5, 6, device="meta")
     attention_weighted_adain(
@@ -453,7 +487,7 @@ def test_nothing_waits_for_the_device_and_no_input_changes(mode: ReferenceMode, 
     for r in case.references:
         inputs += [x for x in (r.k, r.v, r.q, r.mask) if x is not None]
     copies, versions = [x.clone() for x in inputs], [x._version for x in inputs]
-    case.run(edit, mask_out=case.mask_out)
+    case.run(edit, matched=case.own.v, mask_out=case.mask_out)
     assert [x._version for x in inputs] == versions
     assert all(torch.equal(x, y) for x, y in zip(inputs, copies, strict=True))
 

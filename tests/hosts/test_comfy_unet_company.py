@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from demo.train.data import reset
 from inversion_core.attention import AttentionEdit
+from inversion_core.correspondence import Correspondence, Matching
+from inversion_core.features import Features
 from inversion_core.hosts.comfy_unet import attach, last_report
 from inversion_core.injection import Injection, Window
 from inversion_core.presets import PRESETS
@@ -127,6 +129,9 @@ COMPANY: dict[str, Callable[[Patcher], Patcher]] = {
     "IPAdapter": ip_adapter,
     "override": override,
 }
+TOKENS = random(1, 64, 8, seed=11)
+LOOKS = Features((8, 8), TOKENS, TOKENS, TOKENS[:, None], None, None, None, "random")
+MATCH = Correspondence(LOOKS, LOOKS, Matching())
 INJECTIONS: dict[str, tuple[Injection, ...]] = {
     "both with masks": (replace(BOTH, shape=replace(A, mask=LEFT), mask=LEFT.transpose(2, 3)),),
     "shape keys": (
@@ -140,6 +145,9 @@ INJECTIONS: dict[str, tuple[Injection, ...]] = {
         replace(one, window=Window(), shape_window=Window()) for one in PRESETS["cross-image"].injections([B, A], A)
     ),
     "ctrl-x": PRESETS["ctrl-x"].injections([B], A, mask=LEFT),
+    "matched": (
+        replace(BOTH, edit=AttentionEdit("none", matched=0.7), matches=(MATCH,), mask=LEFT, feature_strength=0.5),
+    ),
 }
 
 
