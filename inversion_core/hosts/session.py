@@ -522,7 +522,10 @@ class AttentionCall:
             change = _relative(total, plain_attention(own, beside))
             self.report.measure(self.site, change if self.change is None else torch.maximum(change, self.change))
             self._look(q, k)
-        return total.expand(self.batch, -1, -1, -1)
+        if total.shape[0] == self.batch:
+            return total
+        # Rows of one memory would make the output's projection copy its weights for each of them.
+        return total.transpose(1, 2).expand(self.batch, -1, -1, -1).contiguous().transpose(1, 2)
 
     def _tokens(self, part: _Part, q: Tensor, k: Tensor, v: Tensor, every_row: bool) -> tuple[Tokens, Tokens | None]:
         """The output's own tokens and the shape's. What of the own is not read is empty, or the shape's instead.
