@@ -13,8 +13,9 @@ from .model import DemoModel
 
 def encode_prompts(demo: DemoModel, prompts: Sequence[str]) -> list:
     """One CONDITIONING whose rows are the prompts' encodings."""
-    rows = [demo.clip.encode_from_tokens(demo.clip.tokenize(text)) for text in prompts]
-    return [[torch.cat(rows), {}]]
+    encoded = [demo.clip.encode_from_tokens(demo.clip.tokenize(text), return_pooled=True) for text in prompts]
+    rows, pooled = zip(*encoded, strict=True)
+    return [[torch.cat(rows), {"pooled_output": torch.cat(pooled)}]]
 
 
 def generate(

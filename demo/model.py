@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
@@ -13,8 +15,16 @@ from torch import Tensor, nn
 
 from .autoencoder import DemoAutoencoder
 from .denoiser import build_denoiser
+from .dit import build_dit
 from .text import clip_target
-from .weights import AUTOENCODER, CURE, DENOISER, FOLDER, TEXT_ENCODER, DemoWeightsError, load_weights
+from .weights import AUTOENCODER, CURE, DENOISER, DIT, FOLDER, TEXT_ENCODER, DemoWeightsError, load_weights
+
+Network = Literal["UNet", "DiT"]
+"""The UNet predicts v on SD's noise schedule, the diffusion transformer a rectified flow's velocity."""
+_NETWORKS: dict[Network, tuple[str, Callable[..., comfy.model_base.BaseModel]]] = {
+    "UNet": (DENOISER, build_denoiser),
+    "DiT": (DIT, build_dit),
+}
 
 
 class DemoModel(NamedTuple):
@@ -25,34 +35,39 @@ class DemoModel(NamedTuple):
     vae: comfy.sd.VAE
 
 
-def load_demo_model(folder: Path = FOLDER, embedding_directory: Any = None) -> DemoModel:
+def load_demo_model(folder: Path = FOLDER, embedding_directory: Any = None, network: Network = "UNet") -> DemoModel:
     """Read the demo's weights and build the model.
 
     Args:
         folder: where the safetensors files lie.
         embedding_directory: where ``embedding:name`` looks, as ComfyUI's CLIP takes it.
+        network: which of the two diffusion models; both share the text encoder and the autoencoder.
 
     Raises:
         DemoWeightsError: a file is missing, corrupt, or does not fit the architecture.
     """
     vae = load_vae(folder)
-    model = _model(load_weights(DENOISER, folder), vae.first_stage_model)
-    return DemoModel(model, _clip(load_weights(TEXT_ENCODER, folder), embedding_directory), vae)
+    model = _model(network, folder, vae.first_stage_model)
+    return DemoModel(model, load_clip(folder, embedding_directory), vae)
 
 
-def _model(state: dict[str, Tensor], first_stage: DemoAutoencoder) -> comfy.model_patcher.ModelPatcher:
+def _model(network: Network, folder: Path, first_stage: DemoAutoencoder) -> comfy.model_patcher.ModelPatcher:
+    name, build = _NETWORKS[network]
+    state = load_weights(name, folder)
     parameters = sum(value.numel() for value in state.values())
     load_device = comfy.model_management.get_torch_device()
     dtype = comfy.model_management.unet_dtype(model_params=parameters, supported_dtypes=[torch.bfloat16, torch.float32])
     offload_device = comfy.model_management.unet_offload_device()
-    model = build_denoiser(dtype, offload_device)
-    _load(model.diffusion_model, state, DENOISER)
+    model = build(dtype, offload_device)
+    _load(model.diffusion_model, state, name)
     model.latent_format.latent_rgb_factors = first_stage.preview.float().tolist()
     model.latent_format.latent_rgb_factors_bias = first_stage.preview_bias.float().tolist()
     return comfy.model_patcher.ModelPatcher(model, load_device=load_device, offload_device=offload_device)
 
 
-def _clip(state: dict[str, Tensor], embedding_directory: Any) -> comfy.sd.CLIP:
+def load_clip(folder: Path = FOLDER, embedding_directory: Any = None) -> comfy.sd.CLIP:
+    """The demo's text encoder alone; raises as `load_demo_model` does."""
+    state = load_weights(TEXT_ENCODER, folder)
     parameters = sum(value.numel() for value in state.values())
     clip = comfy.sd.CLIP(target=clip_target(), embedding_directory=embedding_directory, parameters=parameters)
     _load(clip.cond_stage_model, state, TEXT_ENCODER)

@@ -14,6 +14,7 @@ from .files import replace_file
 FOLDER = Path(__file__).resolve().parent / "safetensors"
 AUTOENCODER = "autoencoder.safetensors"
 DENOISER = "denoiser.safetensors"
+DIT = "dit.safetensors"
 TEXT_ENCODER = "text_encoder.safetensors"
 JUDGE = "judge.safetensors"
 VIT = "vit.safetensors"
