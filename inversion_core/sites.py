@@ -1,7 +1,8 @@
 """Names of a model's self-attentions, and how a person chooses among them.
 
-A place is written as ComfyUI writes it: ``output.3.0`` is the first transformer block of decoder block 3. Every host
-uses these names, so that one choice means the same place everywhere.
+A place is written as ComfyUI writes it: ``output.3.0`` is the first transformer block of decoder block 3 of a UNet,
+``double.7.0`` the attention of double block 7 of a diffusion transformer. Every host uses these names, so that one
+choice means the same place everywhere.
 """
 
 from __future__ import annotations
@@ -11,21 +12,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Part = Literal["input", "middle", "output"]
+Part = Literal["input", "middle", "output", "double", "single"]
 
-_PARTS: dict[str, Part] = {"encoder": "input", "middle": "middle", "decoder": "output"}
-_RULE = re.compile(r"(?P<part>encoder|middle|decoder)(?:\.(?P<level>\w+)|\[(?P<start>-?\d*):(?P<stop>-?\d*)\])?")
+_PARTS: dict[str, Part] = {
+    "encoder": "input",
+    "middle": "middle",
+    "decoder": "output",
+    "double": "double",
+    "single": "single",
+}
+_RULE = re.compile(rf"(?P<part>{'|'.join(_PARTS)})(?:\.(?P<level>[a-z]+)|\[(?P<start>-?\d*):(?P<stop>-?\d*)\])?")
 _LEVELS = ("coarse", "mid", "finest", "fine")
+_THIRDS = ("early", "mid", "late")
 
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """One self-attention of a UNet.
+    """One self-attention of a UNet, or one attention of a diffusion transformer that a picture's tokens take part in.
 
     Attributes:
-        part: encoder ("input"), middle or decoder ("output").
+        part: encoder ("input"), middle or decoder ("output") of a UNet; "double" or "single", a transformer's blocks
+            with two streams or one, as ComfyUI names them.
         number: the block's number within its part.
-        index: the transformer block's number within the block.
+        index: the attention's number within the block.
         scale: how many latent cells a token spans in each direction: 1, 2, 4, ...
     """
 
@@ -54,6 +63,8 @@ def select(rules: str, sites: Sequence[Site]) -> frozenset[str]:
             ``decoder.coarse``, ``.mid``, ``.finest``: the level of the fewest tokens, those between, that of the most;
             ``decoder.fine``: all levels but the coarsest (the same for ``encoder``; with a single level, that level);
             ``decoder[1:-1]``: from the second to the last but one of its blocks that have self-attention;
+            ``double``, ``single``, ``double[1:-1]``: a transformer's blocks by their kind;
+            ``early``, ``mid``, ``late``: a transformer's first, second and last third;
             ``output.3`` or ``output.3.0``: a block or a site by its name.
             A question mark after a rule allows it to mean nothing on this model.
         sites: the model's, in the order in which they run.
@@ -67,9 +78,14 @@ def select(rules: str, sites: Sequence[Site]) -> frozenset[str]:
         found = _meant(rule.removesuffix("?"), sites)
         if not found and not rule.endswith("?"):
             blocks = ", ".join(dict.fromkeys(site.block for site in sites))
+            besides = (
+                "double, single, early, mid, late, double[1:-1]"
+                if any(_of_transformer(site) for site in sites)
+                else "encoder, middle, decoder, decoder.fine, decoder.coarse, decoder[1:-1]"
+            )
             raise ValueError(
                 f"sites: {rule!r} means no self-attention of this model. Its blocks are {blocks}; allowed besides are "
-                "all, encoder, middle, decoder, decoder.fine, decoder.coarse, decoder[1:-1], several by commas"
+                f"all, {besides}, several by commas"
             )
         chosen |= {site.name for site in found}
     return frozenset(chosen)
@@ -78,6 +94,8 @@ def select(rules: str, sites: Sequence[Site]) -> frozenset[str]:
 def _meant(rule: str, sites: Sequence[Site]) -> list[Site]:
     if rule == "all":
         return list(sites)
+    if rule in _THIRDS:
+        return _third(rule, [site for site in sites if _of_transformer(site)])
     match = _RULE.fullmatch(rule)
     if match is None:
         return [site for site in sites if rule in (site.block, site.name)]
@@ -87,6 +105,18 @@ def _meant(rule: str, sites: Sequence[Site]) -> list[Site]:
     blocks = list(dict.fromkeys(site.block for site in part))
     within = slice(*(int(match[end]) if match[end] else None for end in ("start", "stop")))
     return [site for site in part if site.block in blocks[within]]
+
+
+def _of_transformer(site: Site) -> bool:
+    return site.part in ("double", "single")
+
+
+def _third(name: str, sites: Sequence[Site]) -> list[Site]:
+    """A third of the blocks; what is left over makes the middle larger."""
+    blocks = list(dict.fromkeys(site.block for site in sites))
+    edge = len(blocks) // 3
+    wanted = {"early": blocks[:edge], "mid": blocks[edge : len(blocks) - edge], "late": blocks[len(blocks) - edge :]}
+    return [site for site in sites if site.block in wanted[name]]
 
 
 def _level(name: str, sites: Sequence[Site]) -> list[Site]:

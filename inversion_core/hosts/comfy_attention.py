@@ -38,7 +38,7 @@ class Override:
     def __call__(
         self, func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any
     ) -> Tensor:
-        attention = func if self.earlier is None else _Chained(self.earlier, func)
+        attention = func if self.earlier is None else Chained(self.earlier, func)
         if not self.taker.pending:
             return attention(q, k, v, heads, *args, **kwargs)
         split = kwargs.pop("skip_reshape", False)
@@ -56,7 +56,7 @@ class Override:
 
 
 @dataclass(frozen=True, eq=False)
-class _Chained:
+class Chained:
     """Another pack's attention override, called as the attention it overrides."""
 
     override: Callable

@@ -40,9 +40,11 @@ _PLACED = frozenset(
         "hooks",
         "concat_latent_image",
         "concat_mask",
+        "reference_latents",
+        "time_dim_concat",
     )
 )
-"""What places a prompt in the picture or in time, or comes of the picture: the reference's pass goes without."""
+"""What places a prompt in the picture or in time, or comes of a picture: the reference's pass goes without."""
 
 _TOKENS: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
@@ -87,9 +89,10 @@ class ReferencePasses:
     def _pass(
         self, base: Any, reference: Reference, conds: list, names: frozenset[str], sigma: float, like: Tensor
     ) -> States:
-        latent = base.process_latent_in(reference.latent.to(like.device, torch.float32))
+        latent = base.process_latent_in(as_latent(base, reference.latent).to(like.device, torch.float32))
         level = torch.full((1,), sigma, device=like.device, dtype=torch.float32)
-        noisy = base.model_sampling.noise_scaling(level.view(1, 1, 1, 1), reference.noise_at(sigma).to(latent), latent)
+        noise = as_latent(base, reference.noise_at(sigma)).to(latent)
+        noisy = base.model_sampling.noise_scaling(level.view([1] * latent.ndim), noise, latent)
         states: States = {}
         options = {"transformer_options": self.record(names, states)}
         hooks = base.current_patcher.current_hooks
@@ -110,17 +113,22 @@ class ReferencePasses:
                 conds = [dict(cond) for cond in originals.get("negative") or originals["positive"]]
             conds = [{name: cond[name] for name in cond if name not in _PLACED} for cond in conds[:1]]
             described = _describe(conds)
-            noise = torch.zeros_like(reference.latent, device=like.device)
+            noise = torch.zeros_like(as_latent(base, reference.latent), device=like.device)
             ready = comfy.samplers.process_conds(base, noise, {"positive": conds}, noise.device)
             self._conds[key] = ready["positive"], described
         return self._conds[key]
+
+
+def as_latent(base: Any, image: Tensor) -> Tensor:
+    """A reference's (1, C, h, w) as this model's latents are: for a model of videos, (1, C, 1, h, w)."""
+    return image.unsqueeze(2) if base.latent_format.latent_dimensions == 3 else image
 
 
 def require_own_trajectory(reference: Reference, base: Any) -> None:
     """Raise HostError if a reference's inversion was made in another model's latent space."""
     if reference.trajectory is None:
         return
-    expected = base.process_latent_in(reference.latent.float()).cpu()
+    expected = base.process_latent_in(as_latent(base, reference.latent.float())).cpu().reshape(reference.latent.shape)
     if not torch.allclose(reference.trajectory.clean, expected, rtol=1e-2, atol=1e-2):
         raise HostError(
             f"this reference was inverted with another kind of model than this one ({type(base).__name__}): "

@@ -1,8 +1,5 @@
 """ComfyUI's UNet models (SD1.x, SD2.x, SDXL, the demo model): injections on the stock samplers.
 
-Nothing is attached to the shared model. A clone of the ModelPatcher carries one OUTER_SAMPLE wrapper; when a run
-starts, the wrapper puts a `_Run` into that run's own copy of the options, and the copy dies with the run.
-
 Inside a run, `attn1_patch` appends the references' hidden states to the tokens of the call, so that they go through
 the model's own projections (LoRA, fp8 and offload keep working), and `optimized_attention_override` takes q, k and v
 apart again and hands them to the operator.
@@ -10,68 +7,30 @@ apart again and hands them to the operator.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import comfy.model_patcher
-import comfy.patcher_extension
 from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel, Upsample
 from torch import Tensor
 
 from ..attention import Attend
-from ..injection import Injection, Window
+from ..injection import Injection
 from ..sites import Part, Site
-from .base import Crop, Grid, HostError, limits, require_channels, tokens_to_map
+from . import comfy_run
+from .base import Grid, HostError, tokens_to_map
 from .comfy_attention import Options, Override, Replacement, follow
-from .comfy_references import BANK, ReferencePasses, require_own_trajectory
-from .report import Report
+from .comfy_run import KEY, Given, Run, last_report
 from .session import FEATURES, AttentionCall, Layer, Rows, Session, States
 
-KEY = "shape_and_appearance"
+__all__ = ["KEY", "UNetRun", "attach", "last_report", "sites_of"]
 
 
 def attach(model: comfy.model_patcher.ModelPatcher, *injections: Injection) -> comfy.model_patcher.ModelPatcher:
-    """A clone of the model with further injections; the model itself is not touched.
-
-    Raises:
-        HostError: the model is not one of ComfyUI's UNets, or a reference has another number of latent channels.
-        ValueError: an injection's sites mean nothing on this model.
-    """
-    sites = sites_of(model.model.diffusion_model)
-    for reference in (one for injection in injections for one in injection.references):
-        require_channels(reference, model.model.latent_format.latent_channels, type(model.model).__name__)
-        require_own_trajectory(reference, model.model)
-    clone = model.clone()
-    new = tuple(injection for injection in injections if not injection.neutral)
-    Session(new, sites)  # raises here, while the artist looks at this node, what would else be raised by the sampler
-    if not new:
-        return clone
-    kind = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
-    earlier = [one for old in clone.get_wrappers(kind, KEY) for one in old.injections]
-    clone.remove_wrappers_with_key(kind, KEY)
-    clone.add_wrapper_with_key(kind, KEY, _OuterSample((*earlier, *new)))
-    return clone
-
-
-def last_report(model: comfy.model_patcher.ModelPatcher) -> Report:
-    """The report of the last finished run with this patched model.
-
-    Raises:
-        HostError: the model carries no injection, or nothing was sampled with it yet.
-    """
-    wrappers = model.get_wrappers(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, KEY)
-    if not wrappers:
-        raise HostError("this model carries no injection: connect the MODEL that comes out of KV Injection")
-    report = _REPORTS.get(wrappers[0])
-    if report is None:
-        raise HostError(
-            "nothing was sampled with this model yet: connect the sampler's output, so that the report is made after it"
-        )
-    return report
+    """A clone of the model with further injections; see `comfy_run.attach`."""
+    return comfy_run.attach(model, UNetRun, injections)
 
 
 def sites_of(unet: Any) -> list[Site]:
@@ -110,129 +69,30 @@ def _walk(unet: Any) -> Iterator[tuple[Site, Any]]:
                         yield Site(part, number, index, scale), transformer.attn1
 
 
-_REPORTS: WeakKeyDictionary[_OuterSample, Report] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True, eq=False)
-class _OuterSample:
-    """The only thing an attached model carries. Immutable; everything that changes lives in a `_Run`."""
-
-    injections: tuple[Injection, ...]
-
-    def __deepcopy__(self, memo: dict) -> _OuterSample:
-        return self
-
-    def __call__(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        guider = executor.class_obj
-        run = _Run(self.injections, guider, Grid(*noise.shape[-2:]))
-        run.enter(guider.model_options.setdefault("transformer_options", {}))
-        started = time.perf_counter()
-        try:
-            result = executor(noise, *args, **kwargs)
-        finally:
-            BANK.offload()
-        run.finish(time.perf_counter() - started)
-        _REPORTS[self] = run.session.report
-        return result
-
-
-class _Prompt(NamedTuple):
-    """A prompt's place in the picture, (height, width, top, left) in latent cells or None for all of it, and its list.
-
-    ComfyUI gives a region of the positive prompt a counterpart in the negative list under the same name: `positive` is
-    then None.
-    """
-
-    positive: bool | None
-    area: tuple[int, ...] | None
-
-
 @dataclass
-class _Run:
-    """One sampling run: ComfyUI's hooks on one side, the session on the other."""
+class UNetRun(Run):
+    """One sampling run with a UNet."""
 
-    injections: tuple[Injection, ...]
-    guider: Any
-    full: Grid
-    session: Session = field(init=False)
-    _passes: ReferencePasses = field(init=False)
-    _layers: dict[str, Layer] = field(init=False)
-    _feature_block: int = field(init=False)
+    _layers: dict[str, Layer] = field(default_factory=dict, init=False)
+    _feature_block: int = field(default=0, init=False)
     _patches: list = field(default_factory=list, init=False)
     _taken: dict[tuple, bool] = field(default_factory=dict, init=False)
-    _prompts: dict[Any, _Prompt] = field(default_factory=dict, init=False)
-    _limits: dict[Window, tuple[float, float]] = field(default_factory=dict, init=False)
     _call: AttentionCall | None = field(default=None, init=False)
 
-    def __post_init__(self) -> None:
-        places = list(_walk(self.guider.model_patcher.model.diffusion_model))
-        self.session = Session(self.injections, [site for site, _ in places])
+    @classmethod
+    def sites_of(cls, model: Any) -> list[Site]:
+        return sites_of(model)
+
+    def new_session(self) -> Session:
+        places = list(_walk(self.model))
         self._layers = {site.name: Layer(attn.to_q, attn.to_k, attn.heads) for site, attn in places}
         self._feature_block = min(site.number for site, _ in places if site.part == "output") + 1
-        self._passes = ReferencePasses(self.guider, self._recording, self.session.report)
+        return Session(self.injections, [site for site, _ in places])
 
-    def enter(self, options: Options) -> None:
-        """Listen to the run's evaluations of the model, through the run's own transformer options."""
-        kind = comfy.patcher_extension.WrappersMP.APPLY_MODEL
-        comfy.patcher_extension.add_wrapper_with_key(kind, KEY, self.apply_model, options)
+    def leave(self) -> None:
+        self._call = None
 
-    def finish(self, seconds: float) -> None:
-        """Complete the report; raise if no attention call was changed in the whole run."""
-        report = self.session.report
-        if not report.calls:
-            raise HostError(
-                "KV Injection changed nothing: none of its attention sites ran inside its window. Widen start and end "
-                "percent, or check that the sampler's denoise reaches that part of the schedule"
-            )
-        report.seconds, report.bytes = seconds, BANK.stats.device_bytes + BANK.stats.ram_bytes
-        report.finish()
-
-    # --- every evaluation of the model -------------------------------------------------------------------------------
-
-    def apply_model(
-        self,
-        executor: Any,
-        x: Tensor,
-        t: Tensor,
-        c_concat: Any,
-        c_crossattn: Any,
-        control: Any,
-        options: Options,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Before the model runs: decide what is active at this sigma and see that its references are known."""
-        base = executor.class_obj
-        sigma = float(t.flatten()[0])  # the one wait for the device in a step
-        self._prompts = self._named_prompts()
-        self.session.report.rows += x.shape[0]
-        wanted = self.session.wanted
-        try:
-            self.session.begin(
-                lambda reference: self._passes.states(base, reference, wanted(reference), sigma, x),
-                lambda window: self._inside(base.model_sampling, window, sigma),
-            )
-            options = self._hooked(options) if self.session.active else options
-            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-        finally:
-            self.session.end()
-            self._call = None
-
-    def _named_prompts(self) -> dict[Any, _Prompt]:
-        """The run's prompts by ComfyUI's names for them."""
-        found: dict[Any, _Prompt] = {}
-        for name, conds in self.guider.conds.items():
-            for cond in conds:
-                key, positive = cond.get("uuid"), name == "positive"
-                known = found.get(key)
-                unsure = known is not None and known.positive is not positive
-                found[key] = _Prompt(None if unsure else positive, cond.get("area"))
-        return found
-
-    def _hooked(self, options: Options) -> Options:
-        """The options of this evaluation with our hooks around every other pack's.
-
-        Around those of this very evaluation: a prompt may bring its own, and guidance methods add some to their calls.
-        """
+    def hooked(self, options: Options, given: Given) -> Options:
         patches, replaced = dict(options.get("patches", {})), options.get("patches_replace", {})
         self._patches = patches.get("attn1_patch", [])
         patches["attn1_patch"] = [self.attn1_patch]
@@ -248,16 +108,7 @@ class _Run:
             "optimized_attention_override": Override(self, options.get("optimized_attention_override")),
         }
 
-    def _inside(self, sampling: Any, window: Window, sigma: float) -> bool:
-        """Whether a sigma lies in a window, whose limits are asked of the model once: each waits for the device."""
-        if window not in self._limits:
-            self._limits[window] = limits(sampling, window)
-        start, end = self._limits[window]
-        return end < sigma <= start
-
-    def _recording(self, names: frozenset[str], states: States) -> Options:
-        """Transformer options that record a reference's pass."""
-
+    def recording(self, names: frozenset[str], states: States) -> Options:
         def self_attention(n: Tensor, context: Tensor, value: Tensor, extra: Options) -> tuple:
             if _site(extra) in names:
                 states[_site(extra)] = tokens_to_map(n, _grid(extra))
@@ -314,19 +165,7 @@ class _Run:
         return call.attention(q, k, v, attend)
 
     def _rows(self, x: Tensor, options: Options) -> list[Rows]:
-        chunks = options["cond_or_uncond"]
-        size = x.shape[0] // len(chunks)
-        seen = Grid(*options["original_shape"][-2:])
-        whole = Crop(0, 0, seen, seen)
-        found = []
-        for i, (kind, key) in enumerate(zip(chunks, options["uuids"], strict=True)):
-            # By the guider's own lists where they tell: the order of the kinds is the guider's affair, and guidance
-            # methods change it.
-            positive, area = self._prompts.get(key, _Prompt(None, None))
-            positive = kind == 0 if positive is None else positive
-            crop = whole if area is None else Crop(area[2], area[3], seen, self.full)
-            found.append(Rows(i * size, (i + 1) * size, positive, crop))
-        return found
+        return self.rows(x.shape[0], Grid(*options["original_shape"][-2:]), options)
 
 
 def _site(extra: Options) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from inversion_core.attention import AttentionEdit
 from inversion_core.bank import ReferenceBank
-from inversion_core.hosts import comfy_references, comfy_unet
+from inversion_core.hosts import comfy_references, comfy_run, comfy_unet
 from inversion_core.hosts.comfy_references import BANK, model_key
 from inversion_core.hosts.comfy_unet import attach, last_report
 from inversion_core.injection import Injection
@@ -219,7 +219,7 @@ def test_names_of_objects_that_are_no_usual_keys(model: Patcher) -> None:
 def small_bank(monkeypatch: pytest.MonkeyPatch) -> ReferenceBank:
     """Room for some of the references of a test, not for all."""
     bank = ReferenceBank(0, 1 << 20)
-    for module in (comfy_references, comfy_unet):
+    for module in (comfy_references, comfy_run):
         monkeypatch.setattr(module, "BANK", bank)
     return bank
 
@@ -277,7 +277,7 @@ def test_a_bank_without_room_costs_rows_and_changes_nothing(model: Patcher, monk
     patched = attach(model, BOTH)
     expected = sample(patched)
     rows = rows_of(patched)
-    for module in (comfy_references, comfy_unet):
+    for module in (comfy_references, comfy_run):
         monkeypatch.setattr(module, "BANK", ReferenceBank(0, 0))
     for _ in range(2):
         assert torch.equal(sample(patched), expected)

@@ -1,0 +1,306 @@
+"""ComfyUI's diffusion transformers: injections on the stock samplers. `families` says which, and how they are built.
+
+Modulation, normalisation and rotary places enter before any hook of these models is called, so what is kept of a
+reference is what its own pass gave to the attention: keys and values of its picture (and queries where an edit needs
+them). That is twice what hidden states would be; a reference keeps its own places; and a LoRA makes a new model of it.
+
+Inside a run, ComfyUI's `optimized_attention_override` is called for every attention call. Where a call belongs is told
+by the block's number that the model gives, and counted where it gives none. In a joint attention only the picture's
+queries are edited, and read the prompt's keys beside what the edit lets them read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import comfy.model_patcher
+import comfy.patcher_extension
+import torch
+from torch import Tensor
+
+from ..attention import Beside
+from ..injection import Injection
+from ..sites import Site
+from . import comfy_run
+from .base import Grid, HostError
+from .comfy_attention import Chained, Options
+from .comfy_run import KEY, Given, Run
+from .families import Block, Call, Family, Layout, Sequences, family_of
+from .session import AttentionCall, Rows, Session, States, stored
+
+
+def attach(model: comfy.model_patcher.ModelPatcher, *injections: Injection) -> comfy.model_patcher.ModelPatcher:
+    """A clone of the model with further injections; see `comfy_run.attach`."""
+    return comfy_run.attach(model, DiTRun, injections)
+
+
+@dataclass
+class DiTRun(Run):
+    """One sampling run with a diffusion transformer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for injection in self.injections:
+            if injection.shape is not None:
+                _require_same_size(injection.shape.latent.shape, self.shape, family_of(self.model))
+
+    @classmethod
+    def sites_of(cls, model: Any) -> list[Site]:
+        return family_of(model).sites(model)
+
+    @classmethod
+    def fitted(cls, injection: Injection) -> Injection:
+        if injection.edit.reference == "normalise":
+            raise HostError(
+                "'normalise' (Ctrl-X) changes what enters a UNet's attention layer, and a diffusion transformer gives "
+                "no hook there: choose 'replace' or 'extend', or another preset"
+            )
+        return replace(injection, feature_strength=0.0)  # a UNet's decoder features; there are none here
+
+    def new_session(self) -> Session:
+        return Session(self.injections, self.sites_of(self.model), projected=True)
+
+    def hooked(self, options: Options, given: Given) -> Options:
+        calls = _Calls.of(self.model, given)
+        rows = self.rows(given.x.shape[0], Grid(*given.x.shape[-2:]), options)
+        override = _Override(self._edited(rows), calls, options.get("optimized_attention_override"))
+        replaced = options.get("patches_replace", {})
+        owners = {place: _Counted(calls, place, owner) for place, owner in replaced.get("dit", {}).items()}
+        return {
+            **options,
+            "patches_replace": {**replaced, "dit": owners},
+            "optimized_attention_override": override,
+        }
+
+    def leave(self) -> None:
+        pass
+
+    def recording(self, names: frozenset[str], states: States) -> Options:
+        def keep(joint: _Joint) -> Tensor:
+            for role, x in (("q", joint.q), ("k", joint.k), ("v", joint.v)):
+                if stored(joint.site.name, role) in names:
+                    part = x[:, :, joint.layout.picture].transpose(2, 3).flatten(1, 2)
+                    states[stored(joint.site.name, role)] = part.unflatten(2, joint.layout.grid)
+            return joint.plain()
+
+        def listen(
+            executor: Any, x: Tensor, t: Tensor, concat: Any, context: Any, control: Any, options: Options, **conds: Any
+        ) -> Tensor:
+            calls = _Calls.of(self.model, Given(x, context, conds))
+            options = {**options, "optimized_attention_override": _Override(keep, calls, None)}
+            return executor(x, t, concat, context, control, options, **conds)
+
+        options: Options = {}
+        kind = comfy.patcher_extension.WrappersMP.APPLY_MODEL
+        comfy.patcher_extension.add_wrapper_with_key(kind, KEY, listen, options)
+        return options
+
+    def _edited(self, rows: list[Rows]) -> Callable[[_Joint], Tensor]:
+        def edited(joint: _Joint) -> Tensor:
+            q = joint.tokens(joint.q)
+            call = self.session.prepare(joint.site.name, q, joint.layout.grid, rows, None)
+            return joint.plain() if call is None else joint.edited(call, q)
+
+        return edited
+
+
+@dataclass
+class _Calls:
+    """Which attention call of one evaluation comes next."""
+
+    family: Family
+    model: Any
+    sequences: Sequences
+    _order: list[Call] = field(init=False)
+    _starts: dict[Block | None, int] = field(default_factory=dict, init=False)
+    _next: int = field(default=0, init=False)
+    _block: Block | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self._order = list(self.family.calls(self.model))
+        for i, call in enumerate(self._order):
+            self._starts.setdefault(call.block, i)
+
+    @classmethod
+    def of(cls, model: Any, given: Given) -> _Calls:
+        text = 0 if given.context is None else given.context.shape[1]
+        return cls(family_of(model), model, Sequences(given.x.shape, text, given.conds))
+
+    def next(self, options: Options) -> Site | None:
+        """The site of the next call; None for one of a prompt, of a cross-attention or of somebody else."""
+        told = (options["block_type"], options["block_index"]) if "block_index" in options else None
+        if told is not None and told != self._block:
+            self.enter(told)
+        at, self._next = self._next, self._next + 1
+        call = self._order[at] if at < len(self._order) else None
+        return None if call is None or (told is not None and call.block != told) else call.site
+
+    def enter(self, block: Block) -> None:
+        """The next call is this block's first."""
+        self._block, self._next = block, self._starts.get(block, len(self._order))
+
+    def leave(self, block: Block) -> None:
+        """The next call is the first after this block, whether its own calls were made or not."""
+        if block in self._starts:
+            self._next = self._starts[block]
+            while self._next < len(self._order) and self._order[self._next].block == block:
+                self._next += 1
+
+    def layout(self, site: Site) -> Layout:
+        """The tokens at a site."""
+        return self.family.layout_at(site, self.model, self.sequences)
+
+
+@dataclass(frozen=True, eq=False)
+class _Counted:
+    """Another pack's replacement of a block: whether it runs the block or skips it, the count stays right."""
+
+    calls: _Calls
+    place: Any
+    owner: Callable
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        kind, number = self.place[:2]
+        block = (kind.removesuffix("_block"), number)
+        self.calls.enter(block)
+        try:
+            return self.owner(*args, **kwargs)
+        finally:
+            self.calls.leave(block)
+
+
+@dataclass(frozen=True, eq=False)
+class _Override:
+    """ComfyUI's `optimized_attention_override`: calls of the picture's go to the taker, all others go on."""
+
+    taker: Callable[[_Joint], Tensor]
+    calls: _Calls
+    earlier: Callable | None
+
+    def __call__(
+        self, func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        attention = func if self.earlier is None else Chained(self.earlier, func)
+        site = self.calls.next(kwargs.get("transformer_options") or {})
+        if site is None:
+            return attention(q, k, v, heads, *args, **kwargs)
+        return self.taker(_Joint.of(site, self.calls, attention, (q, k, v), heads, args, kwargs))
+
+
+@dataclass(frozen=True)
+class _Joint:
+    """One attention call of a transformer.
+
+    Attributes:
+        site: whose.
+        layout: where the picture's tokens lie.
+        q, k, v: (B, H, N, D), of all tokens.
+        mask: as the model gave it.
+        attend: the attention for q, k, v (B, H, N, D) and a mask.
+        plain: the call as it was.
+        joined: whether the heads lie side by side in the output, (B, N, H * D).
+    """
+
+    site: Site
+    layout: Layout
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    plain: Callable[[], Tensor]
+    joined: bool
+
+    @classmethod
+    def of(
+        cls,
+        site: Site,
+        calls: _Calls,
+        attention: Callable,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        heads: int,
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> _Joint:
+        """Raises HostError where the tokens do not lie as this family's do."""
+        split, joined = kwargs.get("skip_reshape", False), not kwargs.get("skip_output_reshape", False)
+        left_out = ("mask", "skip_reshape", "skip_output_reshape")
+        others = {name: value for name, value in kwargs.items() if name not in left_out}
+        mask = args[0] if args else kwargs.get("mask")
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            return attention(q, k, v, heads, mask=mask, skip_reshape=True, skip_output_reshape=True, **others)
+
+        def plain() -> Tensor:
+            return attention(*qkv, heads, *args, **kwargs)
+
+        q, k, v = qkv if split else (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in qkv)
+        layout = calls.layout(site)
+        if q.shape[2] != layout.total:
+            raise HostError(
+                f"at {site.name} of this {calls.family.name} model the attention has {q.shape[2]} tokens, but the "
+                f"prompt ({calls.sequences.text}) and the picture ({layout.grid.height} x {layout.grid.width}) explain "
+                f"{layout.total}: another node adds tokens that KV Injection does not know; disable it"
+            )
+        return cls(site, layout, q, k, v, mask, attend, plain, joined)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """The picture's part of q, k or v, heads side by side: (B, n, H * D)."""
+        return x[:, :, self.layout.picture].transpose(1, 2).flatten(2)
+
+    def edited(self, call: AttentionCall, q: Tensor) -> Tensor:
+        """The call with the picture's queries edited; `q` are their tokens. All other queries attend as ever."""
+        carried = [one.repeat(1, self.layout.frames, 1) for one in call.carried]
+        joined = call.join(q, self.tokens(self.k), self.tokens(self.v), carried)
+        heads = self.q.shape[1]
+        parts = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in joined)
+        picture = call.attention(*parts, self.attend, self._beside())
+        before = self.layout.before
+        others = self._others(self.q)
+        out = picture
+        if others.shape[2]:
+            rest = self.attend(others, self.k, self.v, self.mask)
+            out = torch.cat((rest[:, :, :before], picture, rest[:, :, before:]), dim=2)
+        return out.transpose(1, 2).flatten(2) if self.joined else out
+
+    def _others(self, x: Tensor) -> Tensor:
+        picture = self.layout.picture
+        return torch.cat((x[:, :, : picture.start], x[:, :, picture.stop :]), dim=2)
+
+    def _beside(self) -> Beside | None:
+        k, v = self._others(self.k), self._others(self.v)
+        if not k.shape[2]:
+            return None
+        bias = None
+        if self.mask is not None:
+            keys = _of_keys(self.mask, self.site)
+            bias = self._others(keys[:, :, :, None])[:, 0, :, 0]
+        return Beside(k, v, bias)
+
+
+def _of_keys(mask: Tensor, site: Site) -> Tensor:
+    """An attention mask that says which keys may be read, whoever asks, as (B or 1, 1, Nk) to be added to the logits."""
+    if mask.ndim < 3 or mask.shape[-2] != 1 or (mask.ndim == 4 and mask.shape[1] != 1):
+        raise HostError(
+            f"at {site.name} another node gives the model an attention mask {tuple(mask.shape)} that differs from query "
+            "to query, and KV Injection cannot follow it: take it away (for Apply Style Model, choose 'multiply' "
+            "instead of 'attn_bias')"
+        )
+    mask = mask.reshape(mask.shape[0], 1, -1)
+    return mask if mask.dtype != torch.bool else torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
+
+
+def _require_same_size(reference: torch.Size, picture: torch.Size, family: Family) -> None:
+    """Raise HostError where a shape reference's queries cannot stand in for the picture's."""
+    if len(picture) == 5 and picture[2] > 1:
+        raise HostError(
+            f"the picture is a video of {picture[2]} latent frames, and a still shape reference cannot lay it out: "
+            "disconnect the shape reference, the appearance works alone"
+        )
+    if family.rotary and reference[-2:] != picture[-2:]:
+        raise HostError(
+            f"the shape reference's latent has {reference[-2]} x {reference[-1]} cells, but the picture's has "
+            f"{picture[-2]} x {picture[-1]}: on {family.name} both must be of one size, resize the shape's image"
+        )
