@@ -121,7 +121,7 @@ def _third(name: str, sites: Sequence[Site]) -> list[Site]:
 
 def _level(name: str, sites: Sequence[Site]) -> list[Site]:
     scales = sorted({site.scale for site in sites})
-    if name not in _LEVELS or not scales:
+    if name not in _LEVELS or not scales or _of_transformer(sites[0]):  # all of whose blocks are of one scale
         return []
     wanted = {"coarse": scales[-1:], "mid": scales[1:-1], "finest": scales[:1], "fine": scales[:-1] or scales}[name]
     return [site for site in sites if site.scale in wanted]

@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 from ..inversion_core.attention import AttentionEdit
 from ..inversion_core.hosts import comfy_color
 from ..inversion_core.hosts.comfy_color import ColorGuidance
-from ..inversion_core.hosts.comfy_unet import attach, sites_of
+from ..inversion_core.hosts.comfy_injection import attach, sites_of
 from ..inversion_core.injection import Window
 from ..inversion_core.presets import PRESETS, Step
 from ..inversion_core.presets import Preset as PresetValue
@@ -184,7 +184,7 @@ class CustomPreset(io.ComfyNode):
         preset = PresetValue("custom", "Custom Preset", (step,))
         if model is None:
             return io.NodeOutput(preset)
-        places = sites_of(model.model.diffusion_model)
+        places = sites_of(model)
         chosen = select(sites, places)
         lines = [f"{'x' if site.name in chosen else '-'} {site.name} (1/{site.scale})" for site in places]
         return io.NodeOutput(preset, ui=ui.PreviewText("\n".join(lines)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..inversion_core.hosts.comfy_unet import last_report
+from ..inversion_core.hosts.comfy_injection import last_report
 from .host import heat_picture
 
 

@@ -236,7 +236,8 @@ class _Joint:
         def plain() -> Tensor:
             return attention(*qkv, heads, *args, **kwargs)
 
-        q, k, v = qkv if split else (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in qkv)
+        # Some models give values with the heads apart already, (B, N, H, D), beside joined queries and keys.
+        q, k, v = qkv if split else (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in qkv)
         layout = calls.layout(site)
         if q.shape[2] != layout.total:
             raise HostError(
@@ -255,8 +256,8 @@ class _Joint:
         carried = [one.repeat(1, self.layout.frames, 1) for one in call.carried]
         joined = call.join(q, self.tokens(self.k), self.tokens(self.v), carried)
         heads = self.q.shape[1]
-        parts = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in joined)
-        picture = call.attention(*parts, self.attend, self._beside())
+        mine, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in joined)
+        picture = call.attention(mine, k, v, self.attend, self._beside())
         before = self.layout.before
         others = self._others(self.q)
         out = picture
@@ -281,15 +282,17 @@ class _Joint:
 
 
 def _of_keys(mask: Tensor, site: Site) -> Tensor:
-    """An attention mask that says which keys may be read, whoever asks, as (B or 1, 1, Nk) to be added to the logits."""
+    """A mask that says which keys may be read, whoever asks, as (B or 1, 1, Nk) to be added to the logits."""
     if mask.ndim < 3 or mask.shape[-2] != 1 or (mask.ndim == 4 and mask.shape[1] != 1):
         raise HostError(
-            f"at {site.name} another node gives the model an attention mask {tuple(mask.shape)} that differs from query "
-            "to query, and KV Injection cannot follow it: take it away (for Apply Style Model, choose 'multiply' "
+            f"at {site.name} another node gives the model an attention mask {tuple(mask.shape)} that differs from "
+            "query to query, and KV Injection cannot follow it: take it away (for Apply Style Model, choose 'multiply' "
             "instead of 'attn_bias')"
         )
     mask = mask.reshape(mask.shape[0], 1, -1)
-    return mask if mask.dtype != torch.bool else torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
+    return (
+        mask if mask.dtype != torch.bool else torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
+    )
 
 
 def _require_same_size(reference: torch.Size, picture: torch.Size, family: Family) -> None:

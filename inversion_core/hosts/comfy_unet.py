@@ -20,9 +20,10 @@ from ..attention import Attend
 from ..injection import Injection
 from ..sites import Part, Site
 from . import comfy_run
-from .base import Grid, HostError, tokens_to_map
+from .base import Grid, tokens_to_map
 from .comfy_attention import Options, Override, Replacement, follow
 from .comfy_run import KEY, Given, Run, last_report
+from .families import unknown
 from .session import FEATURES, AttentionCall, Layer, Rows, Session, States
 
 __all__ = ["KEY", "UNetRun", "attach", "last_report", "sites_of"]
@@ -45,10 +46,7 @@ def sites_of(unet: Any) -> list[Site]:
 def _walk(unet: Any) -> Iterator[tuple[Site, Any]]:
     """Each self-attention's place and layer."""
     if not isinstance(unet, UNetModel) or any(isinstance(one, SpatialVideoTransformer) for one in unet.modules()):
-        raise HostError(
-            f"KV Injection works on UNet models (SD1.x, SD2.x, SDXL and the demo model), but this model is a "
-            f"{type(unet).__name__}: load a checkpoint of one of these families"
-        )
+        raise unknown(unet)
     scale = 1
     parts: tuple[tuple[Part, Any], ...] = (
         ("input", unet.input_blocks),

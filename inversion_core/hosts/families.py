@@ -1,4 +1,4 @@
-"""The diffusion transformers that KV Injection knows, as data: their attention calls, and where the picture's tokens lie.
+"""The diffusion transformers that KV Injection knows, as data: their attention calls, and the order of their tokens.
 
 Known by the name of ComfyUI's class, so that nothing of ComfyUI is imported here. A class that only descends from one
 of these is another model: its blocks and its tokens may lie elsewhere.
@@ -98,12 +98,17 @@ def family_of(model: Any) -> Family:
         HostError: it is none of the known ones.
     """
     if not is_transformer(model):
-        known = ", ".join(dict.fromkeys(family.name for family in FAMILIES.values()))
-        raise HostError(
-            f"KV Injection works on UNet models (SD1.x, SD2.x, SDXL and the demo model) and on diffusion transformers "
-            f"({known}), but this model is a {type(model).__name__}: load a checkpoint of one of these families"
-        )
+        raise unknown(model)
     return FAMILIES[_name(model)]
+
+
+def unknown(model: Any) -> HostError:
+    """The error for a `diffusion_model` that no host knows."""
+    known = ", ".join(family.name for family in FAMILIES.values())
+    return HostError(
+        f"KV Injection works on UNet models (SD1.x, SD2.x, SDXL and the demo model) and on diffusion transformers "
+        f"({known}), but this model is a {type(model).__name__}: load a checkpoint of one of these families"
+    )
 
 
 def _name(model: Any) -> str:

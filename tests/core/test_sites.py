@@ -66,3 +66,40 @@ def test_a_rule_that_means_nothing_is_an_error_that_shows_what_there_is(rules: s
 
 def test_a_question_mark_allows_nothing() -> None:
     assert select("decoder.mid?", FLAT) == frozenset()
+
+
+FLUX = [Site("double", number, 0, 2) for number in range(3)] + [Site("single", number, 0, 2) for number in range(5)]
+SD3 = [Site("double", number, index, 2) for number in range(4) for index in range(2 if number < 2 else 1)]
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        ("double", "double.0 double.1 double.2"),
+        ("single[-2:]", "single.3 single.4"),
+        ("double[:1], single.2", "double.0 single.2"),
+        ("double.1.0", "double.1"),
+        ("early", "double.0 double.1"),
+        ("mid", "double.2 single.0 single.1 single.2"),
+        ("late", "single.3 single.4"),
+    ],
+)
+def test_rules_choose_a_transformers_blocks(rules: str, expected: str) -> None:
+    assert blocks(rules, FLUX) == [f"{name}.0" for name in expected.split()]
+
+
+def test_a_transformers_block_with_two_attentions_is_one_block() -> None:
+    assert blocks("double.1", SD3) == ["double.1.0", "double.1.1"]
+    assert blocks("early", SD3) == ["double.0.0", "double.0.1"]
+
+
+@pytest.mark.parametrize("rules", ["decoder", "double.9", "double[9:]", "double.fine", "middle"])
+def test_what_a_transformer_lacks_is_refused_with_what_it_has(rules: str) -> None:
+    with pytest.raises(ValueError, match=r"means no self-attention.*double\.0, .*single\.4;.*early, mid, late"):
+        select(rules, FLUX)
+
+
+@pytest.mark.parametrize("rules", ["double", "late", "single[1:]"])
+def test_a_unet_has_no_transformers_blocks(rules: str) -> None:
+    with pytest.raises(ValueError, match=r"means no self-attention.*input\.1, .*decoder\.fine"):
+        select(rules, SD15)

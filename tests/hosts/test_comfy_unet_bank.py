@@ -20,7 +20,8 @@ from torch import Tensor
 
 from inversion_core.attention import AttentionEdit
 from inversion_core.bank import ReferenceBank
-from inversion_core.hosts import comfy_references, comfy_run, comfy_unet
+from inversion_core.hosts import comfy_references, comfy_run
+from inversion_core.hosts.base import HostError
 from inversion_core.hosts.comfy_references import BANK, model_key
 from inversion_core.hosts.comfy_unet import attach, last_report
 from inversion_core.injection import Injection
@@ -269,7 +270,7 @@ def _try(run: Callable[[int], None], i: int) -> None:
     """Some of the presets do not act at the only level of a single step, and say so."""
     try:
         run(i)
-    except comfy_unet.HostError as error:
+    except HostError as error:
         assert "changed nothing" in str(error)
 
 
