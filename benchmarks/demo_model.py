@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,12 +14,15 @@ from tqdm import tqdm
 from demo import comfy as comfy_host
 from demo import world
 
+if TYPE_CHECKING:
+    from demo.model import Network
+
 PROMPTS = 300
 FIRST_SEED = 200_000
 """Disjoint from training (seeds of a million and up) and from what anything was tuned on."""
 
 
-def measure(steps: int, cfg: float, sheet: Path | None) -> dict[str, float]:
+def measure(network: Network, steps: int, cfg: float, sheet: Path | None) -> dict[str, float]:
     """All figures: the judge on true renders, the model on prompts, the autoencoder on withheld renders."""
     from demo.generate import generate
     from demo.judge import FACTORS, Judge
@@ -26,7 +30,7 @@ def measure(steps: int, cfg: float, sheet: Path | None) -> dict[str, float]:
     from demo.train.autoencoder import psnr
     from demo.train.data import pictures, write_grid
 
-    judge, demo = Judge.load(), load_demo_model()
+    judge, demo = Judge.load(), load_demo_model(network=network)
     seeds = range(FIRST_SEED, FIRST_SEED + PROMPTS)
 
     truth, factors = pictures(seeds, shapes=tuple(world.SHAPES), textures=world.TEXTURES)
@@ -61,12 +65,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_model", description=__doc__)
     parser.add_argument("--json", type=Path, required=True, help="where to write the figures")
     parser.add_argument("--sheet", type=Path, help="where to save the first 96 pictures as one PNG")
+    parser.add_argument("--network", choices=["UNet", "DiT"], default="UNet", help="which of the diffusion models")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cfg", type=float, default=4.0)
     options = parser.parse_args()
     comfy_host.ensure_importable()
     with torch.inference_mode():
-        figures = measure(options.steps, options.cfg, options.sheet)
+        figures = measure(options.network, options.steps, options.cfg, options.sheet)
     options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     for name, value in figures.items():
         print(f"{name:>20} {value:.4f}")

@@ -21,7 +21,7 @@ class DitStage:
     """Rectified flow (Liu et al. 2022, arXiv 2209.03003), noise levels logit-normal (Esser et al. 2024, 2403.03206)."""
 
     def __init__(
-        self, device: torch.device, steps: int = 14_000, runs: Path = Path("runs"), *, compiled: bool = False
+        self, device: torch.device, steps: int = 18_000, runs: Path = Path("runs"), *, compiled: bool = False
     ) -> None:
         self.recipe = Recipe("dit", steps=steps, learning_rate=1.5e-3, ema=0.999, samples_every=1000)
         self.device = device

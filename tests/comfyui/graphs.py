@@ -16,10 +16,12 @@ def node(class_type: str, **inputs: Any) -> Node:
     return {"class_type": class_type, "inputs": inputs}
 
 
-def text_to_image(text: str = PROMPT, *, steps: int = 4, width: int = 128, height: int = 128) -> dict[str, Node]:
-    """The stock text-to-image workflow on the demo model."""
+def text_to_image(
+    text: str = PROMPT, *, steps: int = 4, width: int = 128, height: int = 128, **loader: str
+) -> dict[str, Node]:
+    """The stock text-to-image workflow on the demo model; `loader` are the loader's own inputs."""
     return {
-        "demo": node("ShapeAppearanceLoadDemoModel"),
+        "demo": node("ShapeAppearanceLoadDemoModel", **loader),
         "positive": node("CLIPTextEncode", text=text, clip=["demo", 1]),
         "negative": node("CLIPTextEncode", text="", clip=["demo", 1]),
         "size": node("EmptyLatentImage", width=width, height=height, batch_size=1),

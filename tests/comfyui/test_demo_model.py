@@ -7,6 +7,7 @@ from pathlib import Path
 
 import aiohttp
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -32,20 +33,31 @@ def write_tensors(server: ComfyServer, kind: str, name: str, tensors: dict[str, 
     return name
 
 
-def lora(server: ComfyServer) -> str:
-    """Rank 2, on the values of two attentions."""
+NETWORKS = ("UNet", "DiT")
+LORA_TARGETS = {
+    "UNet": {
+        "output_blocks.3.1.transformer_blocks.0.attn1.to_v": (64, 64),
+        "output_blocks.1.1.transformer_blocks.0.attn1.to_v": (128, 128),
+    },
+    "DiT": {"joint_blocks.1.x_block.attn.qkv": (128, 384), "joint_blocks.3.x_block.attn.proj": (128, 128)},
+}
+"""Attention's layers, with their numbers of inputs and outputs."""
+
+
+def lora(server: ComfyServer, network: str) -> str:
+    """Rank 2, on two layers of attention."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for block, module, width in ((3, "attn1.to_v", 64), (1, "attn1.to_v", 128)):
-        name = f"diffusion_model.output_blocks.{block}.1.transformer_blocks.0.{module}"
-        tensors[f"{name}.lora_up.weight"] = torch.randn(width, 2, generator=generator)
-        tensors[f"{name}.lora_down.weight"] = 0.3 * torch.randn(2, width, generator=generator)
+    for layer, (inputs, outputs) in LORA_TARGETS[network].items():
+        name = f"diffusion_model.{layer}"
+        tensors[f"{name}.lora_up.weight"] = torch.randn(outputs, 2, generator=generator)
+        tensors[f"{name}.lora_down.weight"] = 0.3 * torch.randn(2, inputs, generator=generator)
         tensors[f"{name}.alpha"] = torch.tensor(2.0)
-    return write_tensors(server, "loras", "test_lora.safetensors", tensors)
+    return write_tensors(server, "loras", f"test_lora_{network}.safetensors", tensors)
 
 
-def with_lora(name: str, strength: float) -> dict[str, Node]:
-    graph = text_to_image()
+def with_lora(name: str, strength: float, network: str) -> dict[str, Node]:
+    graph = text_to_image(network=network)
     graph["lora"] = node(
         "LoraLoader", model=["demo", 0], clip=["demo", 1], lora_name=name, strength_model=strength, strength_clip=1.0
     )
@@ -54,15 +66,25 @@ def with_lora(name: str, strength: float) -> dict[str, Node]:
     return graph
 
 
-def test_the_prompt_matters_and_so_do_its_weights(client: ComfyClient) -> None:
-    plain = pictures(client, text_to_image("a red striped star on sky"))
-    assert difference(plain, pictures(client, text_to_image("a blue dotted moon on night"))) > 10
-    assert difference(plain, pictures(client, text_to_image("a (red:1.2) striped star on sky"))) > 0.05
-    assert difference(plain, pictures(client, text_to_image("a (red:1.0) striped star on sky"))) == 0
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_prompt_matters_and_so_do_its_weights(client: ComfyClient, network: str) -> None:
+    plain = pictures(client, text_to_image("a red striped star on sky", network=network))
+    assert difference(plain, pictures(client, text_to_image("a blue dotted moon on night", network=network))) > 10
+    assert difference(plain, pictures(client, text_to_image("a (red:1.2) striped star on sky", network=network))) > 0.05
+    assert difference(plain, pictures(client, text_to_image("a (red:1.0) striped star on sky", network=network))) == 0
 
 
-def test_empty_latents_give_their_own_size(client: ComfyClient) -> None:
-    assert pictures(client, text_to_image(steps=2, width=192, height=64)).shape == (1, 64, 192, 3)
+def test_a_workflow_that_names_no_network_gets_the_unet(client: ComfyClient) -> None:
+    unnamed = pictures(client, text_to_image(steps=2))
+    unet, dit = (pictures(client, text_to_image(steps=2, network=network)) for network in NETWORKS)
+    assert difference(unnamed, unet) == 0
+    assert difference(unnamed, dit) > VISIBLE
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_empty_latents_give_their_own_size(client: ComfyClient, network: str) -> None:
+    graph = text_to_image(steps=2, width=192, height=64, network=network)
+    assert pictures(client, graph).shape == (1, 64, 192, 3)
 
 
 def test_the_vae_keeps_a_picture_whole_and_in_tiles(client: ComfyClient) -> None:
@@ -88,11 +110,12 @@ def test_the_vae_keeps_a_picture_whole_and_in_tiles(client: ComfyClient) -> None
             assert psnr(result, np.asarray(picture)) > 25
 
 
-def test_a_lora_changes_the_picture(client: ComfyClient, server: ComfyServer) -> None:
-    name = lora(server)
-    plain = pictures(client, text_to_image())
-    assert difference(pictures(client, with_lora(name, 1.0)), plain) > VISIBLE
-    assert difference(pictures(client, with_lora(name, 0.0)), plain) == 0
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_lora_changes_the_picture(client: ComfyClient, server: ComfyServer, network: str) -> None:
+    name = lora(server, network)
+    plain = pictures(client, text_to_image(network=network))
+    assert difference(pictures(client, with_lora(name, 1.0, network)), plain) > VISIBLE
+    assert difference(pictures(client, with_lora(name, 0.0, network)), plain) == 0
     assert "lora key not loaded" not in server.log_text()
 
 
@@ -109,12 +132,15 @@ def test_an_embedding_is_a_word(client: ComfyClient, server: ComfyServer) -> Non
     assert "WARNING: shape mismatch" not in server.log_text()
 
 
-def test_models_merge(client: ComfyClient, server: ComfyServer) -> None:
-    name = lora(server)
-    plain, changed = pictures(client, text_to_image()), pictures(client, with_lora(name, 1.0))
+@pytest.mark.parametrize("network", NETWORKS)
+def test_models_merge(client: ComfyClient, server: ComfyServer, network: str) -> None:
+    name = lora(server, network)
+    plain, changed = (
+        pictures(client, graph) for graph in (text_to_image(network=network), with_lora(name, 1.0, network))
+    )
     merged = {}
     for ratio in (0.0, 0.5, 1.0):
-        graph = with_lora(name, 1.0)
+        graph = with_lora(name, 1.0, network)
         graph["merge"] = node("ModelMergeSimple", model1=["demo", 0], model2=["lora", 0], ratio=ratio)
         graph["sampler"]["inputs"]["model"] = ["merge", 0]
         merged[ratio] = pictures(client, graph)
@@ -124,9 +150,10 @@ def test_models_merge(client: ComfyClient, server: ComfyServer) -> None:
     assert difference(merged[0.5], changed) > ROUNDING
 
 
-def test_previews_show_the_picture_as_it_forms(server: ComfyServer, client: ComfyClient) -> None:
+@pytest.mark.parametrize("network", NETWORKS)
+def test_previews_show_the_picture_as_it_forms(server: ComfyServer, client: ComfyClient, network: str) -> None:
     steps = 6
-    graph = text_to_image(steps=steps)
+    graph = text_to_image(steps=steps, network=network)
     graph["sampler"]["inputs"]["seed"] = 77  # not cached
     previews, result = asyncio.run(run_with_previews(server.url, graph))
 
@@ -169,5 +196,5 @@ def test_the_weights_are_there_and_small() -> None:
     """They are part of the pack: their absence is a failure, not a reason to skip."""
     folder = Path(__file__).resolve().parents[2] / "demo" / "safetensors"
     sizes = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
-    assert {"autoencoder", "denoiser", "text_encoder", "judge"} <= {name.partition(".")[0] for name in sizes}
+    assert {"autoencoder", "denoiser", "dit", "text_encoder", "judge"} <= {name.partition(".")[0] for name in sizes}
     assert sum(sizes.values()) <= 25 * 2**20

@@ -2,15 +2,16 @@
 
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from demo.model import load_demo_model
-from demo.weights import AUTOENCODER, DENOISER, FOLDER, TEXT_ENCODER, DemoWeightsError
+from demo.model import Network, load_demo_model
+from demo.weights import AUTOENCODER, DENOISER, DIT, FOLDER, TEXT_ENCODER, DemoWeightsError
 
-FILES = (AUTOENCODER, DENOISER, TEXT_ENCODER)
+FILES = (AUTOENCODER, DENOISER, DIT, TEXT_ENCODER)
 CURE = "git checkout -- demo"
 
 
@@ -21,22 +22,30 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def message(folder: Path) -> str:
+def message(folder: Path, name: str) -> str:
+    """What loading says of a spoilt file."""
     with pytest.raises(DemoWeightsError) as error:
-        load_demo_model(folder)
+        load_demo_model(folder, network="DiT" if name == DIT else "UNet")
     return str(error.value)
 
 
-def test_whole_weights_load(folder: Path) -> None:
-    demo = load_demo_model(folder)
+@pytest.mark.parametrize("network", get_args(Network))
+def test_whole_weights_load(folder: Path, network: Network) -> None:
+    demo = load_demo_model(folder, network=network)
     assert demo.vae.encode(torch.zeros(1, 128, 128, 3)).shape == (1, 4, 16, 16)
     assert demo.model.model.latent_format.latent_channels == 4
+
+
+@pytest.mark.parametrize(("network", "other"), [("UNet", DIT), ("DiT", DENOISER)])
+def test_one_network_does_not_need_the_others_weights(folder: Path, network: Network, other: str) -> None:
+    (folder / other).unlink()
+    load_demo_model(folder, network=network)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_file(folder: Path, name: str) -> None:
     (folder / name).unlink()
-    text = message(folder)
+    text = message(folder, name)
     assert str(folder / name) in text
     assert "missing" in text
     assert CURE in text
@@ -47,7 +56,7 @@ def test_a_missing_file(folder: Path, name: str) -> None:
 def test_a_file_cut_short(folder: Path, name: str, kept: int) -> None:
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(whole[:kept])
-    text = message(folder)
+    text = message(folder, name)
     assert str(folder / name) in text
     assert "cannot be read" in text
     assert CURE in text
@@ -55,14 +64,14 @@ def test_a_file_cut_short(folder: Path, name: str, kept: int) -> None:
 
 def test_something_else_under_the_name(folder: Path) -> None:
     (folder / DENOISER).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
-    assert "cannot be read" in message(folder)
+    assert "cannot be read" in message(folder, DENOISER)
 
 
 def other_version(folder: Path, name: str) -> str:
     state = load_file(folder / name)
     state.pop(sorted(state)[0])
     save_file(state, folder / name)
-    return message(folder)
+    return message(folder, name)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -135,7 +135,8 @@ def test_the_archive_holds_nothing_else() -> None:
     kept = {name for name in archive() if not any(name.startswith(room) for room in rooms)}
     python = {name for name in kept if name.endswith(".py")}
     assert python <= reached()
-    weights = {f"demo/safetensors/{name}.safetensors" for name in ("autoencoder", "denoiser", "text_encoder", "vit")}
+    parts = ("autoencoder", "denoiser", "dit", "text_encoder", "vit")
+    weights = {f"demo/safetensors/{name}.safetensors" for name in parts}
     words = {f"demo/tokenizer/{name}" for name in ("merges.txt", "tokenizer_config.json", "vocab.json")}
     docs = {f"docs/{path.name}" for path in (PACK / "docs").glob("*.md")}
     assert kept - python == weights | words | docs | OPTIONAL
