@@ -25,7 +25,8 @@ demo: setup ## Compose two pictures in a real ComfyUI; the result is in demo_out
 		$${SHAPE:+--shape "$$SHAPE"} $${APPEARANCE:+--appearance "$$APPEARANCE"} $${PROMPT:+--prompt "$$PROMPT"} \
 		$${CHECKPOINT:+--checkpoint "$$CHECKPOINT"} $${SIZE:+--size "$$SIZE"} $${PORT:+--port "$$PORT"}
 
-test: setup ## Lint, types, layers and all tests
+test: ## Lint, types, layers and all tests, ComfyUI's page in a browser included
+	@$(PYTHON) scripts/setup.py --browser
 	@$(VENV_PYTHON) scripts/check.py
 
 clean: ## Remove everything that was made here, the environment included

@@ -1,6 +1,7 @@
 """Makes `.venv` in the checkout: Python packages, and a ComfyUI of its own in `.venv/ComfyUI`.
 
-    python3 scripts/setup.py
+    python3 scripts/setup.py            # for the demo
+    python3 scripts/setup.py --browser  # and a Chromium, for the tests that use ComfyUI's page
 
 The work is done in stages. A finished stage leaves a stamp with a digest of all it depends on, so a second run is
 quick, a changed input repeats only what follows from it, and an interrupted run goes on where it stopped.
@@ -8,6 +9,9 @@ quick, a changed input repeats only what follows from it, and an interrupted run
 COMFYUI_PATH=folder    that ComfyUI will be run: its requirements are installed into `.venv`.
 COMFYUI_PYTHON=python  that interpreter runs the ComfyUI of COMFYUI_PATH and has its packages already: they are not
                        installed into `.venv`.
+
+Chromium is the one thing that comes to lie outside the checkout, and only with `--browser`: where none is found, root
+on a system with apt-get gets Debian's, and anybody else is told what to install.
 """
 
 import hashlib
@@ -46,6 +50,11 @@ COMFYUI_MODULES = (
     "latent_preview.py",
     "node_helpers.py",
 )
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+NO_BROWSER = (
+    f"no Chromium was found (looked for on the PATH: {', '.join(BROWSERS)}). "
+    "Install your system's package, for example `apt-get install chromium`, and run the tests again."
+)
 # torchaudio is left out: it cannot be loaded beside a CPU-only torch, and only audio nodes want it.
 OWN_STAGE = {"torch", "torchvision", "torchaudio"}
 
@@ -61,6 +70,8 @@ def main() -> int:
         for number, stage in enumerate(missing, 1):
             say(f"[{number}/{len(missing)}] {stage.title}")
             stage.run()
+        if "--browser" in sys.argv[1:]:
+            provide_browser()
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)
         return 1
@@ -205,6 +216,23 @@ def install_comfyui_packages() -> None:
 def install_packages() -> None:
     project = read_pyproject()["project"]
     pip("install", *project["dependencies"], *project["optional-dependencies"]["dev"])
+
+
+def find_browser() -> str | None:
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+def provide_browser() -> None:
+    if find_browser() is not None:
+        return
+    is_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    if not (is_root and shutil.which("apt-get")):
+        say(f"{NO_BROWSER} Without it the tests of the page are skipped.")
+        return
+    say("Chromium, from the system's packages")
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for arguments in (["update"], ["install", "--yes", "--no-install-recommends", "chromium"]):
+        subprocess.run(["apt-get", "-qq", *arguments], check=True, stdin=subprocess.DEVNULL, env=environment)
 
 
 def read_pyproject() -> dict:

@@ -1,0 +1,172 @@
+"""The pack in ComfyUI's page, in a real browser: found, opened, linked, explained, run, refused and stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from demo import compose
+from demo.comfy import PACK
+from demo.graph import load_graph, with_inputs
+
+from ..comfyui.graphs import injected, node, rendered
+from .page import SCREENSHOTS, ComfyPage
+
+WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
+NAMES = json.loads((PACK / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+FOLDER = "shape-appearance"
+"""The name of the pack's folder among the custom nodes: the page lists its templates under it."""
+
+
+def demo_workflow(page: ComfyPage) -> dict[str, Any]:
+    """What `make demo` runs, with fewer steps."""
+    job = compose.plan(compose.parse([]))
+    graph = with_inputs(load_graph(compose.WORKFLOW), "Prompt", text=job.prompt)
+    graph = with_inputs(graph, "KSampler", steps=4)
+    graph = with_inputs(graph, "Shape image", image=page.upload(job.shape, "shape.png"))
+    return with_inputs(graph, "Appearance image", image=page.upload(job.appearance, "appearance.png"))
+
+
+def learning(page: ComfyPage, steps: int) -> dict[str, Any]:
+    name = page.upload(rendered(3), "concept.png")
+    inputs = {"token": "thing", "class_word": "shape", "steps": steps, "quality": "fast", "seed": 0, "size": 512}
+    links: dict[str, Any] = {"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "images": ["2", 0], "mask": ["3", 0]}
+    return {
+        "1": node("ShapeAppearanceLoadDemoModel"),
+        "2": node("LoadImage", image=name),
+        "3": node("SolidMask", value=1.0, width=64, height=64),
+        "4": node("ShapeAppearanceShapeInversion", **links, **inputs),
+        "5": node("SaveImage", images=["4", 1], filename_prefix="plot"),
+    }
+
+
+def test_nodes_are_found_by_their_words_and_added(page: ComfyPage) -> None:
+    """By a double click on the canvas, as most people do it."""
+    page.page.mouse.dblclick(700, 450)
+    page.page.keyboard.type("kv inj", delay=20)
+    page.page.get_by_text("shape & appearance", exact=True).first.wait_for()
+    page.page.keyboard.press("Enter")
+    page.wait_for("app.graph._nodes.length === 1")
+    assert page.kinds() == ["ShapeAppearanceKVInjection"]
+
+
+def test_a_node_is_dragged_in_from_the_library(page: ComfyPage) -> None:
+    page.page.keyboard.press("n")
+    page.panel.get_by_placeholder("Search Nodes").fill("encode reference")
+    leaf = page.panel.locator(".p-tree-node-leaf").filter(has_text="Encode Reference")
+    leaf.first.drag_to(page.page.locator("#graph-canvas"), target_position={"x": 800, "y": 400})
+    page.wait_for("app.graph._nodes.length === 1")
+    assert page.kinds() == ["ShapeAppearanceEncodeReference"]
+
+
+def test_all_nodes_of_the_pack_are_in_the_page(page: ComfyPage) -> None:
+    titles = page.evaluate("ids => ids.map(id => LiteGraph.registered_node_types[id]?.title)", list(NAMES))
+    assert titles == [entry["display_name"] for entry in NAMES.values()]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_every_workflow_opens_from_the_template_browser(page: ComfyPage, path: Path) -> None:
+    page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    page.dialog.get_by_text(FOLDER, exact=True).first.click()
+    page.page.get_by_test_id(f"template-workflow-{path.stem}").click()
+    wanted = [node["type"] for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]]
+    page.wait_for(f"app.graph._nodes.length === {len(wanted)}")
+    page.dialog.wait_for(state="detached")
+    assert page.red() == []
+    assert page.alerts.all_inner_texts() == []
+    assert sorted(page.kinds()) == sorted(wanted)
+
+
+def test_a_workflow_with_a_node_that_nobody_has_would_be_noticed(page: ComfyPage) -> None:
+    """What the test above relies on."""
+    page.open(demo_workflow(page))
+    graph = json.loads(page.evaluate("JSON.stringify(app.graph.serialize())"))
+    graph["nodes"][0]["type"] = "NoSuchNode"
+    page.evaluate("async graph => { await app.loadGraphData(graph) }", graph)
+    page.dialog.wait_for()
+    assert "NoSuchNode" in page.dialog.inner_text()
+    assert page.red() == ["NoSuchNode"]
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "target", "given", "fits"),
+    [
+        ("EncodeReference", "REFERENCE", "KVInjection", "appearance", True),
+        ("EncodeReference", "REFERENCE", "KVInjection", "shape", True),
+        ("EncodeReference", "REFERENCE", "KVInjection", "model", False),
+        ("EncodeReference", "REFERENCE", "KVInjection", "custom", False),
+        ("CustomPreset", "preset", "KVInjection", "custom", True),
+        ("CustomPreset", "preset", "KVInjection", "appearance", False),
+        ("LoadInversion", "INVERSION", "ApplyInversion", "inversion", True),
+        ("LoadInversion", "INVERSION", "KVInjection", "custom", False),
+        ("LoadFeatureExtractor", "FEATURES", "PreviewFeatures", "features", True),
+        ("LoadDemoModel", "MODEL", "EncodeReference", "vae", False),
+    ],
+)
+def test_sockets_connect_to_their_own_kind_alone(
+    page: ComfyPage, source: str, output: str, target: str, given: str, fits: bool
+) -> None:
+    start = page.add(f"ShapeAppearance{source}", 120, 200)
+    end = page.add(f"ShapeAppearance{target}", 650, 200)
+    page.connect((start, output), (end, given))
+    assert page.linked((end, given)) is fits
+
+
+def test_run_brings_a_picture_into_the_page(page: ComfyPage) -> None:
+    page.open(demo_workflow(page))
+    page.run()
+    saved = "app.graph._nodes.find(node => node.type === 'SaveImage')"
+    assert page.wait_for(f"{saved}.imgs?.[0]?.naturalWidth") == 128
+    assert "type=output" in page.evaluate(f"{saved}.imgs[0].src")
+    assert page.failed() is None
+
+
+def test_a_wrong_input_shows_our_message_on_the_right_node(page: ComfyPage) -> None:
+    graph = injected(page.upload(rendered(3), "reference.png"))
+    graph["mask"] = node("SolidMask", value=0.0, width=128, height=128)
+    graph["encode"]["inputs"]["mask"] = ["mask", 0]
+    page.open(graph)
+    page.run()
+    page.dialog.wait_for()
+    said = page.dialog.inner_text()
+    assert "the mask (128x128) is empty" in said and "disconnect the mask" in said
+    assert page.failed() == "encode"
+
+
+def test_training_shows_its_progress_and_cancel_stops_it(page: ComfyPage) -> None:
+    page.open(learning(page, steps=300))
+    page.run()
+    learner = "app.graph.getNodeById(4)"
+    page.wait_for(f"{learner}.progress > 0")
+    working = page.page.get_by_text("Current node")
+    working.wait_for()
+    # The curve with the loss and the time left, and beside it a rough picture: in the node, after some steps.
+    page.wait_for(f"{learner}.imgs?.[0]?.naturalWidth")
+    assert page.evaluate(f"{learner}.imgs[0].naturalWidth > {learner}.imgs[0].naturalHeight")
+    page.screenshot(SCREENSHOTS / "training.png")
+    page.cancel()
+    working.wait_for(state="hidden")
+    assert page.evaluate(f"{learner}.progress ?? 0") < 1
+    answer = page.page.request.get(f"{page.url}/queue").json()
+    assert answer["queue_running"] == []
+    last = list(page.page.request.get(f"{page.url}/history").json().values())[-1]
+    assert [event for event, _ in last["status"]["messages"]][-1] == "execution_interrupted"
+
+
+def test_the_help_page_opens_in_both_languages(page: ComfyPage) -> None:
+    """Last: the page is loaded anew for the other language. The names on the node are not looked at: the page of
+    ComfyUI 0.3.75 overwrites the packs' translations by its own after it has merged them."""
+    for language, title, inputs in (("en", "KV Injection", "Inputs"), ("zh", "KV 注入", "输入")):
+        if language != "en":
+            page.set_setting("Comfy.Locale", language)
+            page.visit()
+        page.clear()
+        one = page.add("ShapeAppearanceKVInjection", 700, 300)
+        page.evaluate("id => app.canvas.selectNode(app.graph.getNodeById(id))", one)
+        page.page.get_by_test_id("info-button").click()
+        page.panel.get_by_role("heading", name=inputs, exact=True).wait_for()
+        assert title in page.panel.inner_text()
+        page.screenshot(SCREENSHOTS / f"help_{language}.png")
