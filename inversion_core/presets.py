@@ -1,8 +1,9 @@
 """Published methods, and our own, as data: one frozen value each.
 
 A preset says what becomes of a self-attention, where and when. Windows are sampling percent, so that they fit any
-number of steps; sites are rules (`sites.select`), so that they fit any UNet. What a method does outside the
-self-attention is told in `differences`, with what stands in for it here.
+number of steps; sites are rules (`sites.select`), so that they fit any UNet, and others for diffusion transformers,
+which have neither a decoder nor levels. What a method does outside the self-attention is told in `differences`, with
+what stands in for it here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ from .reference import Reference
 
 @dataclass(frozen=True)
 class Step:
-    """One edit of a preset, with fields as of `Injection`; several where windows differ from site to site."""
+    """One edit of a preset, with fields as of `Injection`; several where windows differ from site to site.
+
+    `blocks` and `shape_blocks` are `sites` and `shape_sites` on a diffusion transformer; without `blocks` the step has
+    no place there. "appearance" means the blocks that carry it in the model's family.
+    """
 
     edit: AttentionEdit
     sites: str
@@ -30,6 +35,8 @@ class Step:
     shape_sites: str | None = None
     feature_strength: float = 0.0
     rows: Literal["all", "positive"] = "all"
+    blocks: str | None = None
+    shape_blocks: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ class Preset:
         strength: float = 1.0,
         shape_strength: float = 1.0,
         mask: Tensor | None = None,
+        transformer: bool = False,
     ) -> tuple[Injection, ...]:
         """The method on these references.
 
@@ -70,9 +78,10 @@ class Preset:
             strength: 0 to 1, of everything; 0 is the untouched model.
             shape_strength: 0 to 1, share of the method's own shape injection.
             mask: (1, 1, h, w), where the output is edited.
+            transformer: whether the model is a diffusion transformer, not a UNet.
 
         Raises:
-            ValueError: no appearance reference, a share outside its range.
+            ValueError: no appearance reference, a share outside its range, a method that has no form on a transformer.
         """
         if not appearance:
             raise ValueError(f"{self.name} needs an appearance reference, but got none: connect one")
@@ -80,7 +89,7 @@ class Preset:
             raise ValueError(f"shape_strength is {shape_strength}, but it must be between 0 and 1")
         kept = shape if shape_strength > 0 else None
         made = []
-        for step in self.steps:
+        for step in self._on_transformers() if transformer else self.steps:
             own = step.edit.shape_query if self.shape else 1.0
             edit = replace(
                 step.edit,
@@ -104,11 +113,26 @@ class Preset:
             )
         return tuple(made)
 
+    def _on_transformers(self) -> tuple[Step, ...]:
+        """The steps as a diffusion transformer's: it has no decoder whose features could be blended."""
+        steps = tuple(
+            replace(step, sites=step.blocks, shape_sites=step.shape_blocks, feature_strength=0.0)
+            for step in self.steps
+            if step.blocks is not None
+        )
+        if not steps:
+            others = ", ".join(name for name, one in PRESETS.items() if any(step.blocks for step in one.steps))
+            raise ValueError(
+                f"{self.name} changes what a UNet's layers are given, and has no form for a diffusion transformer such "
+                f"as this model: choose another of {others}"
+            )
+        return steps
+
 
 MASACTRL = Preset(
     "masactrl",
     "MasaCtrl: Tuning-Free Mutual Self-Attention Control (Cao et al., ICCV 2023, arXiv 2304.08465)",
-    (Step(AttentionEdit("replace"), "decoder.fine", Window(0.08, 1.0)),),
+    (Step(AttentionEdit("replace"), "decoder.fine", Window(0.08, 1.0), blocks="appearance"),),
     (
         "the source is forward-noised; the authors invert it with DDIM (choose that policy for the reference)",
         "sites by level: the last 6 of SD1.5's 16 and of SDXL's 70 self-attentions, as theirs",
@@ -127,6 +151,7 @@ CROSS_IMAGE = Preset(
             Window(0.1, 0.9),
             Window(0.1, 0.9),
             rows="positive",
+            blocks="appearance",
         ),
         Step(
             AttentionEdit("replace", shape_query=1.0, contrast=1.67),
@@ -151,7 +176,7 @@ CROSS_IMAGE = Preset(
 STYLE_ALIGNED = Preset(
     "style-aligned",
     "Style Aligned Image Generation via Shared Attention (Hertz et al., CVPR 2024, arXiv 2312.02133)",
-    (Step(AttentionEdit("extend", qk_stats=True, reference_bias=math.log(2)), "all"),),
+    (Step(AttentionEdit("extend", qk_stats=True, reference_bias=math.log(2)), "all", blocks="all"),),
     (
         "the reference is forward-noised; the authors invert it with DDIM",
         "the reference's pass sees one prompt; theirs sees the prompt and the empty one",
@@ -162,7 +187,7 @@ STYLE_ALIGNED = Preset(
 VISUAL_STYLE = Preset(
     "visual-style",
     "Visual Style Prompting with Swapping Self-Attention (Jeong et al., 2024, arXiv 2402.12974)",
-    (Step(AttentionEdit("replace"), "decoder.finest"),),
+    (Step(AttentionEdit("replace"), "decoder.finest", blocks="appearance"),),
     (
         "sites by level: the last 6 of SDXL's 70 self-attentions, as theirs",
         "the reference's pass sees the negative prompt unless it is given its own",
@@ -180,6 +205,7 @@ STYLE_ID = Preset(
             AttentionEdit("replace", shape_query=0.75, temperature=1.5),
             "decoder.fine",
             shape_window=Window(),
+            blocks="appearance",
         ),
     ),
     (
@@ -214,7 +240,15 @@ CTRL_X = Preset(
 DEFAULT = Preset(
     "default",
     "our own: the best found on the demo world's tuning pairs (docs/demo-model.md)",
-    (Step(AttentionEdit("replace", shape_query=1.0), "all", feature_strength=1.0),),
+    (
+        Step(
+            AttentionEdit("replace", shape_query=1.0),
+            "all",
+            feature_strength=1.0,
+            blocks="appearance",
+            shape_blocks="all",
+        ),
+    ),
     color=Window(0.2, 0.95),
 )
 

@@ -7,11 +7,10 @@ from comfy_api.latest import io, ui
 from ..inversion_core.attention import AttentionEdit
 from ..inversion_core.hosts import comfy_color
 from ..inversion_core.hosts.comfy_color import ColorGuidance
-from ..inversion_core.hosts.comfy_injection import attach, sites_of
+from ..inversion_core.hosts.comfy_injection import attach, chosen, of_transformer, sites_of
 from ..inversion_core.injection import Window
 from ..inversion_core.presets import PRESETS, Step
 from ..inversion_core.presets import Preset as PresetValue
-from ..inversion_core.sites import select
 from .host import output_mask, single_reference
 from .sockets import Preset, Reference
 from .widgets import share
@@ -33,7 +32,10 @@ class KVInjection(io.ComfyNode):
                 "follows the shape reference. No training. Each reference costs one extra row a step, the first time."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="An SD1.x, SD2.x or SDXL model, or the demo model."),
+                io.Model.Input(
+                    "model",
+                    tooltip="SD1.x, SD2.x, SDXL, Flux, Chroma, SD3, Qwen-Image, Wan, Lumina2, Z-Image or a demo model.",
+                ),
                 Reference.Input("appearance", tooltip="Whose colours and textures the result takes; may be several."),
                 Reference.Input("shape", optional=True, tooltip="Whose outline and layout the result keeps."),
                 io.Combo.Input(
@@ -67,7 +69,14 @@ class KVInjection(io.ComfyNode):
         method = PRESETS[preset] if custom is None else custom
         layout = None if shape is None else single_reference(shape, "the shape")
         where = output_mask(mask)
-        injections = method.injections(appearance, layout, strength=strength, shape_strength=shape_strength, mask=where)
+        injections = method.injections(
+            appearance,
+            layout,
+            strength=strength,
+            shape_strength=shape_strength,
+            mask=where,
+            transformer=of_transformer(model),
+        )
         patched = attach(model, *injections)
         if method.color is not None and color * strength > 0:
             inside = layout.mask if where is None and layout is not None else where
@@ -100,8 +109,9 @@ class CustomPreset(io.ComfyNode):
                     "sites",
                     default="all",
                     tooltip="Which self-attentions read the appearance: all, encoder, middle, decoder, decoder.coarse, "
-                    "decoder.fine, decoder[1:-1], or the model's own blocks such as output.4, output.5.0; several by "
-                    "commas. Connect the model to see its blocks.",
+                    "decoder.fine, decoder[1:-1]; on transformers (Flux, SD3, ...) all, appearance, double, single, "
+                    "early, mid, late; or the model's own blocks such as output.4, double.7; several by commas. "
+                    "Connect the model to see its blocks.",
                 ),
                 share("start_percent", 0.0, "Where in the sampling the appearance begins to be read."),
                 share("end_percent", 1.0, "Where it ends. Below 0.6 little of the texture survives."),
@@ -112,7 +122,9 @@ class CustomPreset(io.ComfyNode):
                 ),
                 share("shape_end_percent", 0.8, "Where the shape is let go; later keeps the outline tighter."),
                 share("shape_query", 1.0, "Share of the shape's queries: 1 keeps the layout, 0.75 is StyleID's."),
-                share("shape_features", 1.0, "Share of the shape's features in the decoder (Ctrl-X, Plug-and-Play)."),
+                share(
+                    "shape_features", 1.0, "Share of the shape's features in a UNet's decoder (Ctrl-X, Plug-and-Play)."
+                ),
                 io.Float.Input(
                     "contrast",
                     default=1.0,
@@ -180,11 +192,11 @@ class CustomPreset(io.ComfyNode):
             reference_bias=reference_bias,
         )
         windows = Window(start_percent, end_percent), Window(0.0, shape_end_percent)
-        step = Step(edit, sites, *windows, shape_sites.strip() or None, shape_features, rows)
+        layout = shape_sites.strip() or None
+        step = Step(edit, sites, *windows, layout, shape_features, rows, blocks=sites, shape_blocks=layout)
         preset = PresetValue("custom", "Custom Preset", (step,))
         if model is None:
             return io.NodeOutput(preset)
-        places = sites_of(model)
-        chosen = select(sites, places)
-        lines = [f"{'x' if site.name in chosen else '-'} {site.name} (1/{site.scale})" for site in places]
+        read = chosen(model, sites)
+        lines = [f"{'x' if site.name in read else '-'} {site.name} (1/{site.scale})" for site in sites_of(model)]
         return io.NodeOutput(preset, ui=ui.PreviewText("\n".join(lines)))

@@ -51,13 +51,19 @@ class DiTRun(Run):
         return family_of(model).sites(model)
 
     @classmethod
-    def fitted(cls, injection: Injection) -> Injection:
+    def fitted(cls, model: Any, injection: Injection) -> Injection:
         if injection.edit.reference == "normalise":
             raise HostError(
                 "'normalise' (Ctrl-X) changes what enters a UNet's attention layer, and a diffusion transformer gives "
                 "no hook there: choose 'replace' or 'extend', or another preset"
             )
-        return replace(injection, feature_strength=0.0)  # a UNet's decoder features; there are none here
+        family = family_of(model)
+        return replace(
+            injection,
+            sites=family.rules(injection.sites),
+            shape_sites=None if injection.shape_sites is None else family.rules(injection.shape_sites),
+            feature_strength=0.0,  # of a UNet's decoder; there is none here
+        )
 
     def new_session(self) -> Session:
         return Session(self.injections, self.sites_of(self.model), projected=True)

@@ -7,14 +7,14 @@ from typing import Any
 import comfy.model_patcher
 
 from ..injection import Injection
-from ..sites import Site
+from ..sites import Site, select
 from . import comfy_run
 from .comfy_dit import DiTRun
 from .comfy_run import Run, last_report
 from .comfy_unet import UNetRun
-from .families import is_transformer
+from .families import family_of, is_transformer
 
-__all__ = ["attach", "last_report", "of_transformer", "sites_of"]
+__all__ = ["attach", "chosen", "last_report", "of_transformer", "sites_of"]
 
 
 def attach(model: comfy.model_patcher.ModelPatcher, *injections: Injection) -> comfy.model_patcher.ModelPatcher:
@@ -41,6 +41,17 @@ def sites_of(model: comfy.model_patcher.ModelPatcher) -> list[Site]:
     """
     unet = model.model.diffusion_model
     return _host(unet).sites_of(unet)
+
+
+def chosen(model: comfy.model_patcher.ModelPatcher, rules: str) -> frozenset[str]:
+    """The names of the sites that rules mean on the model; see `sites.select`.
+
+    Raises:
+        HostError: the model is of no known family.
+        ValueError: a rule that means nothing.
+    """
+    unet = model.model.diffusion_model
+    return select(family_of(unet).rules(rules) if is_transformer(unet) else rules, sites_of(model))
 
 
 def _host(model: Any) -> type[Run]:

@@ -39,12 +39,13 @@ def attach(
             injection asks for what this kind of model has not.
         ValueError: an injection's sites mean nothing on this model.
     """
-    sites = host.sites_of(model.model.diffusion_model)
+    unet = model.model.diffusion_model
+    sites = host.sites_of(unet)
     for reference in (one for injection in injections for one in injection.references):
         require_channels(reference, model.model.latent_format.latent_channels, type(model.model).__name__)
         require_own_trajectory(reference, model.model)
     clone = model.clone()
-    new = tuple(host.fitted(injection) for injection in injections if not injection.neutral)
+    new = tuple(host.fitted(unet, injection) for injection in injections if not injection.neutral)
     Session(new, sites)  # raises here, while the artist looks at this node, what would else be raised by the sampler
     if not new:
         return clone
@@ -157,8 +158,8 @@ class Run(ABC):
         """
 
     @classmethod
-    def fitted(cls, injection: Injection) -> Injection:
-        """An injection as this kind of model carries it out.
+    def fitted(cls, model: Any, injection: Injection) -> Injection:
+        """An injection as a `diffusion_model` of this kind carries it out.
 
         Raises:
             HostError: it cannot.

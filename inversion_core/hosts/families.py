@@ -80,6 +80,10 @@ class Family:
         """A model's sites, in the order in which they run."""
         return [call.site for call in self.calls(model) if call.site is not None]
 
+    def rules(self, rules: str) -> str:
+        """Rules of `sites.select` with what "appearance" means in this family."""
+        return ", ".join(self.appearance if one.strip() == "appearance" else one.strip() for one in rules.split(","))
+
     def layout_at(self, site: Site, model: Any, sequences: Sequences) -> Layout:
         """The tokens at a site. A block's second call is of the picture alone (SD3.5 medium)."""
         layout = self.layout(model, sequences)

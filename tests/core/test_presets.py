@@ -95,3 +95,19 @@ def test_a_preset_needs_an_appearance_and_a_share() -> None:
         PRESETS["masactrl"].injections([])
     with pytest.raises(ValueError, match=r"shape_strength is 1\.5.*between 0 and 1"):
         PRESETS["default"].injections([A], B, shape_strength=1.5)
+
+
+@pytest.mark.parametrize("preset", [one for name, one in PRESETS.items() if name != "ctrl-x"], ids=lambda one: one.name)
+def test_on_a_transformer_a_preset_keeps_its_edit_and_asks_for_the_familys_blocks(preset: Preset) -> None:
+    made, first = preset.injections([A], B, transformer=True), preset.injections([A], B)
+    assert {one.sites for one in made} <= {"all", "appearance"}
+    assert {one.feature_strength for one in made} == {0}
+    for one in made:
+        assert any((one.edit, one.window, one.rows) == (like.edit, like.window, like.rows) for like in first)
+
+
+def test_ctrl_x_is_refused_on_a_transformer_with_those_that_are_not() -> None:
+    with pytest.raises(
+        ValueError, match=r"ctrl-x.*no form for a diffusion transformer.*default, masactrl, .*style-id$"
+    ):
+        PRESETS["ctrl-x"].injections([A], transformer=True)

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from inversion_core.attention import AttentionEdit
 from inversion_core.hosts import comfy_dit
 from inversion_core.hosts.base import HostError
-from inversion_core.hosts.comfy_injection import attach, last_report, sites_of
+from inversion_core.hosts.comfy_injection import attach, chosen, last_report, sites_of
 from inversion_core.hosts.comfy_references import BANK, ReferencePasses
 from inversion_core.injection import Injection, Window
+from inversion_core.presets import PRESETS
 from inversion_core.reference import Reference
 
 from .dit_models import KINDS, TEXT, Kind, evaluations
@@ -35,7 +36,6 @@ VISIBLE = 1e-2
 A, B = Reference(random(1, 16, 12, 16, seed=1)), Reference(random(1, 16, 10, 14, seed=2))
 LEFT = torch.cat((torch.ones(1, 1, 96, 64), torch.zeros(1, 1, 96, 64)), dim=3)
 SITE = "double.1.0"
-STILLS = [name for name in KINDS if name != "wan-video"]
 
 
 class Subject:
@@ -458,6 +458,27 @@ def test_a_mask_over_keys_is_followed_and_one_over_pairs_refused(
     torch.testing.assert_close(out[:, :, :TEXT], plain(q[:, :, :TEXT], k[:, :, 3:], v[:, :, 3:]), atol=1e-5, rtol=1e-4)
     with pytest.raises(HostError, match=r"at double\.1\.0.*attention mask \(1, 55, 55\).*'multiply'"):
         flux.sample(masked(torch.zeros(1, tokens, tokens)))
+
+
+# --- presets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "ctrl-x"])
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_every_preset_but_one_acts_where_the_familys_appearance_is(name: str, preset: str) -> None:
+    """In steps at 0, 50 and almost 100 % of the schedule."""
+    subject = Subject(name)
+    patched = attach(subject.model, *PRESETS[preset].injections([B], A, transformer=True))
+    output = subject.sample(patched, steps=3)
+    assert change(output, subject.sample(subject.model, steps=3)) > VISIBLE
+    report = last_report(patched)
+    read = chosen(subject.model, "all" if preset == "style-aligned" else "appearance")
+    everywhere = preset in ("default", "style-aligned")  # the default's shape
+    assert set(report.chosen) == (set(subject.kind.sites) if everywhere else read)
+    assert not report.silent
+    assert read == {
+        site for site in subject.kind.sites if preset == "style-aligned" or name == "sd3" or "single" in site
+    }
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
