@@ -1,10 +1,14 @@
-"""``python -m benchmarks.correspondence --json FILE``: is the right part found, where the truth is known?
+"""``python -m benchmarks.correspondence --json FILE [--plot FILE]``: is the right part found, where the truth is known?
 
 64 pairs of the demo world: one withheld shape in two poses with two appearances, so that each place of the one object
 has its true place in the other. A token counts if its cell is at least nine tenths object. `within_0.2` and
 `within_0.4` are the shares of tokens whose most-read reference token lies that near to the truth, in radii of the
 object; `used` is the effective share of the reference object's tokens that is read (exponential of the entropy of how
 much each is read, by how many there are). `chance` reads one of the object's tokens blindly.
+
+`noise`: the same of the demo model's own queries and keys, as Cross-Image Attention asks them (mean of the heads,
+empty prompt, each picture with its own noise), at several noise levels and each self-attention, with the same masks.
+The features do not depend on the noise.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from demo import comfy as comfy_host
 from demo import world
 from demo.vit import BACKBONE
 from demo.weights import FOLDER
 from inversion_core.correspondence import Correspondence, Grid, Matching, SparseMap
 from inversion_core.features import Backbone, TimmExtractor, load
+
+from .chart import chart
 
 PAIRS = 64
 FIRST_SEED = 400_000
@@ -44,7 +52,18 @@ METHODS = (
     Matching(temperature=0.2),
 )
 
+PERCENTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99)
+"""Places in the schedule: 0 is all noise."""
+
 Figures = dict[str, float]
+
+
+def _name(matching: Matching) -> str:
+    how = "centred" if matching.centred else "as they are"
+    return f"{matching.descriptor}, {how}, temperature {matching.temperature}, balance {matching.balance:g}"
+
+
+DEFAULT = _name(Matching())
 
 
 class Pair:
@@ -100,8 +119,7 @@ def measure() -> dict[str, Figures]:
     grid = seen[0][0].grid
     figures = {"chance": summary([chance(pair, grid) for pair in pairs], [])}
     for matching in METHODS:
-        how = "centred" if matching.centred else "as they are"
-        name = f"{matching.descriptor}, {how}, temperature {matching.temperature}, balance {matching.balance:g}"
+        name = _name(matching)
         distances, used = [], []
         for pair, (output, reference) in zip(tqdm(pairs, desc=name), seen, strict=True):
             found = Correspondence(output, reference, matching, *pair.masks).at(grid, grid)
@@ -112,12 +130,50 @@ def measure() -> dict[str, Figures]:
     return figures
 
 
+def measure_noise() -> dict[str, Any]:
+    """Noise levels as `percent` of the schedule, and for each self-attention the figures at each."""
+    comfy_host.ensure_importable()
+    from .own_matching import OwnMatching
+
+    with torch.inference_mode():
+        own = OwnMatching()
+        pairs = [Pair(i) for i in range(PAIRS)]
+        found: dict[str, list[Figures]] = {}
+        for percent in tqdm(PERCENTS, desc="noise levels"):
+            judgements: dict[str, tuple[list[Tensor], list[float]]] = {}
+            for i, pair in enumerate(pairs):
+                for site, (grid, one) in own.maps(pair.pictures, pair.masks[1], percent, seed=i).items():
+                    distance, share = judged(pair, grid, one)
+                    distances, used = judgements.setdefault(site, ([], []))
+                    distances.append(distance)
+                    used.append(share)
+            for site, both in judgements.items():
+                found.setdefault(site, []).append(summary(*both))
+    return {"percent": list(PERCENTS), "sites": found}
+
+
+def plot(figures: dict[str, Any], file: Path) -> None:
+    """The share of tokens within the nearer distance, over the noise level."""
+    key, noise = f"within_{NEAR[0]}", figures["noise"]
+    ticks = {1 - percent: f"{percent:.0%}" for percent in noise["percent"]}
+    best = sorted(noise["sites"], key=lambda site: -max(one[key] for one in noise["sites"][site]))[:4]
+    curves = {"demo-vit": [(x, figures[DEFAULT][key]) for x in ticks]}
+    curves |= {f"Q.K, {s}": list(zip(ticks, (one[key] for one in noise["sites"][s]), strict=True)) for s in best}
+    curves["blindly"] = [(x, figures["chance"][key]) for x in ticks]
+    chart(curves, ticks, "place in the schedule (left: clean, right: noise)", "right within 0.2 radii", 1.0).save(file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.correspondence", description=__doc__)
     parser.add_argument("--json", type=Path, required=True, help="where to write the figures")
+    parser.add_argument("--plot", type=Path, help="where to save the curve over the noise levels as a picture")
     options = parser.parse_args()
-    figures = measure()
+    figures: dict[str, Any] = {**measure(), "noise": measure_noise()}
     options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    if options.plot is not None:
+        plot(figures, options.plot)
+    for site, values in figures.pop("noise")["sites"].items():
+        print(f"{site:>50} " + "  ".join(f"{one['within_0.2']:.3f}" for one in values))
     for name, values in figures.items():
         print(f"{name:>50} " + "  ".join(f"{key} {value:.3f}" for key, value in values.items()))
 

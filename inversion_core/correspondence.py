@@ -129,6 +129,7 @@ class Correspondence:
         reference_mask: Tensor | None = None,
     ) -> None:
         self.matching = matching
+        self._given = reference, matching, output_mask, reference_mask
         self._output = _feature_map(output, matching.descriptor, "output")
         self._reference = _feature_map(reference, matching.descriptor, "reference")
         if self._output.shape[1] != self._reference.shape[1]:
@@ -144,6 +145,10 @@ class Correspondence:
             self._reference = _centred(self._reference, self._reference_mask)
         self._potential: Tensor | None = None
         self._maps = Recent[SparseMap](MAP_BYTES, lambda found: found.bytes)
+
+    def seen_anew(self, output: Features) -> Correspondence:
+        """The same with other features of the output, as when it has changed."""
+        return Correspondence(output, *self._given)
 
     @property
     def device(self) -> torch.device:

@@ -375,7 +375,7 @@ class TimmExtractor(FeatureExtractor):
     def _forward(self, pixels: Tensor, block: int, grad: bool) -> RawFeatures:
         network: Any = self.model
         if grad:
-            _leave_inference_mode(network)
+            leave_inference_mode(network)
         attention = network.blocks[block].attn
         found: list[Tensor] = []
 
@@ -480,7 +480,7 @@ def digest(*parts: object) -> str:
     return name.hexdigest()
 
 
-def _leave_inference_mode(model: nn.Module) -> None:
+def leave_inference_mode(model: nn.Module) -> None:
     """Replace weights that a host made or moved in inference mode: nothing can be differentiated through them."""
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):

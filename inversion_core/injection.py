@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from .attention import AttentionEdit
 from .correspondence import Correspondence
+from .features import Features
 from .reference import Reference
 
 
@@ -22,6 +24,23 @@ class Window:
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.end <= 1:
             raise ValueError(f"the window is {self.start} to {self.end}, but it must satisfy 0 <= start <= end <= 1")
+
+
+@dataclass(frozen=True, eq=False)
+class Refresh:
+    """Matching anew while the picture takes shape.
+
+    Attributes:
+        every: after how many evaluations of the model inside the window, 1 or more.
+        look: a predicted clean latent (1, C, h, w), as the model scales it -> the features of its picture.
+    """
+
+    every: int
+    look: Callable[[Tensor], Features]
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every is {self.every}, but at least 1 evaluation must lie between; None never refreshes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +59,8 @@ class Injection:
             with self-attention (block 3 of SD1.5: Plug-and-Play, arXiv 2211.12572; block 0 of SDXL: Ctrl-X).
         matches: where each part of the output reads each appearance reference, for `edit.matched`; the output is taken
             to be laid out like their `output` picture.
+        refresh: when and how the output is looked at again to find the matches anew; None: never.
+        match_window: when they do, inside `window`; otherwise `edit.matched` counts as 0.
         mask: (1, 1, h, w) in [0, 1], 1 where the output is edited; any size, resized to each site; None: everywhere.
         rows: edit every row of the batch, or only those of the positive prompt.
 
@@ -56,6 +77,8 @@ class Injection:
     shape_sites: str | None = None
     feature_strength: float = 1.0
     matches: tuple[Correspondence, ...] = ()
+    refresh: Refresh | None = None
+    match_window: Window = field(default_factory=Window)
     mask: Tensor | None = None
     rows: Literal["all", "positive"] = "all"
 
@@ -85,9 +108,9 @@ class Injection:
         """True if the injection cannot change anything: hosts then attach nothing at all."""
         return self.edit.strength == 0
 
-    def at(self, appearance: bool, shape: bool) -> AttentionEdit | None:
-        """The edit with only those references that are at work; None if nothing is left to do."""
-        edit = self.edit
+    def at(self, appearance: bool, shape: bool, matches: bool = True) -> AttentionEdit | None:
+        """The edit with only those references and matches that are at work; None if nothing is left to do."""
+        edit = self.edit if matches else replace(self.edit, matched=0.0)
         if not appearance or not self.appearance:
             edit = replace(edit, reference="none", qk_stats=False, matched=0.0)
         if not shape or self.shape is None:

@@ -76,13 +76,22 @@ def self_similarity_distance(a: Features, b: Features) -> float:
     Raises:
         ValueError: the grids differ, or there are several pictures.
     """
-    if a.grid != b.grid or a.tokens.shape[0] != 1 or b.tokens.shape[0] != 1:
-        raise ValueError(
-            f"the features are {a.tokens.shape[0]} x {a.grid} and {b.tokens.shape[0]} x {b.grid}: resize one picture "
-            "to the other's size, and compare them one by one"
-        )
-    with_cls = a.cls_key is not None
-    return float(F.mse_loss(self_similarity(a, with_cls=with_cls), self_similarity(b, with_cls=with_cls)))
+    if a.tokens.shape[0] != 1 or b.tokens.shape[0] != 1:
+        raise ValueError(f"{a.tokens.shape[0]} and {b.tokens.shape[0]} pictures: compare them one by one")
+    return float(self_similarity_loss(a, b))
+
+
+def self_similarity_loss(pictures: Features, target: Features) -> Tensor:
+    """`self_similarity_distance` of each of several pictures to one: (B,), float32, differentiable.
+
+    Raises:
+        ValueError: the grids differ.
+    """
+    if pictures.grid != target.grid:
+        raise ValueError(f"the features lie on {pictures.grid} and {target.grid}: resize one picture to the other's")
+    with_cls = pictures.cls_key is not None
+    found, wanted = (self_similarity(one, with_cls=with_cls) for one in (pictures, target))
+    return (found - wanted).square().mean((1, 2))
 
 
 def cls_similarity(a: Features, b: Features) -> float:

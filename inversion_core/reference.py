@@ -22,6 +22,8 @@ class Reference:
         conditioning: the host's own conditioning for the reference's pass; None lets the host use the run's negative.
         noise_seed: seed of the fixed noise the latent is re-noised with at every step.
         strength: above 0; its weight beside other references read in the same place (a single one is read fully).
+        picture: the image itself (1, 3, H, W) in [0, 1], sRGB, on the CPU, for feature extractors; None where it is not
+            known.
         trajectory: an inversion, to be read in place of the fixed noise; in the model's latent space, not in the
             autoencoder's as `latent` is. None means the fixed noise.
     """
@@ -32,6 +34,7 @@ class Reference:
     noise_seed: int = 0
     strength: float = 1.0
     trajectory: Trajectory | None = None
+    picture: Tensor | None = None
     content: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -49,6 +52,8 @@ class Reference:
             raise ValueError("the mask is empty: nothing of the reference could be read. Paint it or leave it out")
         if not 0 < self.strength <= 1e4:  # false for NaN too
             raise ValueError(f"the reference's strength is {self.strength}, but it must be above 0 (1 is neutral)")
+        if self.picture is not None and (self.picture.ndim != 4 or self.picture.shape[:2] != (1, 3)):
+            raise ValueError(f"the picture is {tuple(self.picture.shape)}, but it must be one image (1, 3, H, W)")
         if self.trajectory is not None and self.trajectory.clean.shape != self.latent.shape:
             raise ValueError(
                 f"the trajectory is of a latent {tuple(self.trajectory.clean.shape)}, but this one is "

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io, ui
+from torch import Tensor
 
 from ..inversion_core.attention import AttentionEdit
 from ..inversion_core.hosts import comfy_color
@@ -11,6 +14,7 @@ from ..inversion_core.hosts.comfy_injection import attach, chosen, of_transforme
 from ..inversion_core.injection import Window
 from ..inversion_core.presets import PRESETS, Step
 from ..inversion_core.presets import Preset as PresetValue
+from ..inversion_core.reference import Reference as Value
 from .host import output_mask, single_reference
 from .sockets import Preset, Reference
 from .widgets import share
@@ -78,13 +82,18 @@ class KVInjection(io.ComfyNode):
             transformer=of_transformer(model),
         )
         patched = attach(model, *injections)
-        if method.color is not None and color * strength > 0:
-            inside = layout.mask if where is None and layout is not None else where
-            guidance = ColorGuidance(
-                appearance[0], strength=color * strength, window=method.color, mask=inside, required=False
-            )
-            patched = comfy_color.attach(patched, guidance)
-        return io.NodeOutput(patched)
+        return io.NodeOutput(with_color(patched, method.color, color * strength, appearance[0], layout, where))
+
+
+def with_color(
+    model: Any, window: Window | None, strength: float, appearance: Value, shape: Value | None, mask: Tensor | None
+) -> Any:
+    """The model with a method's colour step in its window, inside the mask or else the shape's object."""
+    if window is None or strength == 0:
+        return model
+    inside = shape.mask if mask is None and shape is not None else mask
+    guidance = ColorGuidance(appearance, strength=strength, window=window, mask=inside, required=False)
+    return comfy_color.attach(model, guidance)
 
 
 class CustomPreset(io.ComfyNode):

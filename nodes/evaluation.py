@@ -40,8 +40,8 @@ class CompositionScore(io.ComfyNode):
                 *seeing(),
             ],
             outputs=[
-                io.String.Output("text", tooltip="The scores, a line each."),
-                io.Image.Output("table", tooltip="The same as a picture, to save beside the result."),
+                io.String.Output(display_name="text", tooltip="The scores, a line each."),
+                io.Image.Output(display_name="table", tooltip="The same as a picture, to save beside the result."),
             ],
             is_output_node=True,
         )

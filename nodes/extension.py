@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .attention import CustomPreset, KVInjection
 from .cache import LoadReferenceCache, SaveReferenceCache
 from .color import AdaINColorGuidance, AdaINColorMatch
+from .cross_feature import CrossFeatureAttention
 from .demo import LoadDemoModel
 from .evaluation import CompositionScore
 from .features import LoadFeatureExtractor, PreviewCorrespondence, PreviewFeatures
@@ -15,6 +16,7 @@ from .inversion import AppearanceInversion, ApplyInversion, LoadInversion, SaveI
 from .noise import InvertReference
 from .reference import EncodeReference
 from .report import InjectionReport
+from .structure import SelfSimilarityGuidance
 
 
 class ShapeAppearanceExtension(ComfyExtension):
@@ -28,6 +30,8 @@ class ShapeAppearanceExtension(ComfyExtension):
             InvertReference,
             KVInjection,
             CustomPreset,
+            CrossFeatureAttention,
+            SelfSimilarityGuidance,
             InjectionReport,
             SaveReferenceCache,
             LoadReferenceCache,

@@ -63,7 +63,7 @@ class LoadFeatureExtractor(io.ComfyNode):
                     tooltip="A CLIP, SigLIP or DINOv2 model from Load CLIP Vision, used instead of the backbone.",
                 ),
             ],
-            outputs=[FeatureExtractor.Output("features", tooltip="For previews, scores and guidance.")],
+            outputs=[FeatureExtractor.Output(display_name="features", tooltip="For previews, scores and guidance.")],
         )
 
     @classmethod
@@ -108,6 +108,35 @@ def seeing() -> list[io.Input]:
     ]
 
 
+def matching_inputs() -> list[io.Input]:
+    """How the features of two pictures are matched."""
+    return [
+        io.Float.Input(
+            "temperature",
+            default=Matching.temperature,
+            min=0.001,
+            max=1.0,
+            step=0.001,
+            tooltip="Small reads one place and stays crisp, large averages many.",
+        ),
+        io.Int.Input(
+            "top_k", default=Matching.top_k, min=1, max=256, tooltip="How many places one part reads at most."
+        ),
+        share(
+            "balance",
+            Matching.balance,
+            "0: each part reads what is most like it, even if that is always the same patch. 1: all of the "
+            "appearance is used equally much.",
+        ),
+        io.Combo.Input(
+            "compare",
+            options=["tokens", "keys"],
+            default=Matching.descriptor,
+            tooltip="Which features are compared. Keys follow outlines, tokens meaning.",
+        ),
+    ]
+
+
 class PreviewFeatures(io.ComfyNode):
     """FEATURES and IMAGE -> a sheet."""
 
@@ -128,7 +157,7 @@ class PreviewFeatures(io.ComfyNode):
                 share("y", 0.5, "0 is the top edge, 1 the bottom edge."),
                 *seeing(),
             ],
-            outputs=[io.Image.Output("preview", tooltip="A row for each picture.")],
+            outputs=[io.Image.Output(display_name="preview", tooltip="A row for each picture.")],
             is_output_node=True,
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
@@ -157,35 +186,22 @@ class PreviewCorrespondence(io.ComfyNode):
                 io.Image.Input("appearance", tooltip="One picture, which is read. Any size."),
                 io.Mask.Input("shape_mask", optional=True, tooltip="Where the object is in the shape picture."),
                 io.Mask.Input("appearance_mask", optional=True, tooltip="Where the appearance may be read."),
-                io.Float.Input(
-                    "temperature",
-                    default=Matching.temperature,
-                    min=0.001,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="Small reads one place and stays crisp, large averages many.",
-                ),
-                io.Int.Input(
-                    "top_k", default=Matching.top_k, min=1, max=256, tooltip="How many places one part reads at most."
-                ),
-                share(
-                    "balance",
-                    Matching.balance,
-                    "0: each part reads what is most like it, even if that is always the same patch. 1: all of the "
-                    "appearance is used equally much.",
-                ),
-                io.Combo.Input(
-                    "compare",
-                    options=["tokens", "keys"],
-                    default=Matching.descriptor,
-                    tooltip="Which features are compared. Keys follow outlines, tokens meaning.",
-                ),
+                *matching_inputs(),
                 *seeing(),
             ],
             outputs=[
-                io.Image.Output("preview", tooltip="Both pictures, what is read from where, and how sure it is."),
-                io.Image.Output("rearranged", tooltip="The appearance laid out like the shape, at the shape's size."),
-                io.Mask.Output("confidence", tooltip="1 where going there and back ends where it began, 0 far away."),
+                io.Image.Output(
+                    display_name="preview",
+                    tooltip="Both pictures, what is read from where, and how sure it is.",
+                ),
+                io.Image.Output(
+                    display_name="rearranged",
+                    tooltip="The appearance laid out like the shape, at the shape's size.",
+                ),
+                io.Mask.Output(
+                    display_name="confidence",
+                    tooltip="1 where going there and back ends where it began, 0 far away.",
+                ),
             ],
             is_output_node=True,
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],

@@ -61,7 +61,7 @@ def encode_reference(image: Tensor, vae: Any, mask: Tensor | None, flatten: floa
     Raises:
         ValueError: several pictures, a video VAE, a mask that does not fit or is empty, nothing to flatten in.
     """
-    picture = single_image(image, "the reference image")
+    picture = seen = single_image(image, "the reference image")
     if flatten > 0:
         if mask is None:
             raise ValueError(f"flatten is {flatten}, but there is no mask that says where: connect the object's mask")
@@ -75,7 +75,8 @@ def encode_reference(image: Tensor, vae: Any, mask: Tensor | None, flatten: floa
         )
     grid = (latent.shape[-2], latent.shape[-1])
     on_grid = None if mask is None else reference_mask(mask, picture, grid).cpu()
-    return Reference(latent, on_grid, **settings)
+    # Features look for parts, so they see the picture before anything in it was flattened.
+    return Reference(latent, on_grid, picture=seen.detach().float().cpu().movedim(-1, 1), **settings)
 
 
 def output_mask(mask: Tensor | None) -> Tensor | None:

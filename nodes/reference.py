@@ -56,7 +56,9 @@ class EncodeReference(io.ComfyNode):
                 ),
                 Reference.Input("others", optional=True, tooltip="References to be read together with this one."),
             ],
-            outputs=[Reference.Output("reference", tooltip="For KV Injection: as appearance or as shape.")],
+            outputs=[
+                Reference.Output(display_name="reference", tooltip="For KV Injection: as appearance or as shape.")
+            ],
         )
 
     @classmethod

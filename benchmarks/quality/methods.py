@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import comfy.sample
@@ -14,9 +14,15 @@ from torch import Tensor
 
 from demo.generate import encode_prompts
 from demo.model import DemoModel
+from demo.vit import BACKBONE
+from demo.weights import FOLDER
+from inversion_core.correspondence import CorrespondenceBank, Matching
+from inversion_core.cross_feature import Rest, cross_feature, matches
+from inversion_core.features import Backbone, TimmExtractor, load
 from inversion_core.hosts import comfy_color, comfy_unet
 from inversion_core.hosts.comfy_color import ColorGuidance
 from inversion_core.hosts.comfy_references import BANK
+from inversion_core.injection import Window
 from inversion_core.presets import PRESETS, Preset
 from inversion_core.reference import Reference
 
@@ -42,7 +48,14 @@ class Studio:
     """The demo model and what several methods need of a pair."""
 
     demo: DemoModel
+    pairs: CorrespondenceBank = field(default_factory=CorrespondenceBank)
     _references: dict[tuple[int, str], Reference] = field(default_factory=dict)
+
+    @cached_property
+    def see(self) -> TimmExtractor:
+        """The demo's ViT."""
+        backbone = Backbone(**BACKBONE)
+        return TimmExtractor(load(backbone, FOLDER / backbone.file), backbone)
 
     def reference(self, pair: Pair, role: str) -> Reference:
         """A reference of a pair with its mask: "a", "flat a" (its inside one colour, as `flatten` makes it) or "b"."""
@@ -58,7 +71,9 @@ class Studio:
             mask = torch.from_numpy(rendered.mask)[None, None]
             on_grid = torch.nn.functional.interpolate(mask, size=latent.shape[-2:], mode="area")
             self._references = {k: v for k, v in self._references.items() if k[0] == pair.seed}
-            self._references[key] = Reference(latent, on_grid)
+            self._references[key] = Reference(
+                latent, on_grid, picture=torch.from_numpy(rendered.image)[None].movedim(-1, 1)
+            )
         return self._references[key]
 
     def sample(
@@ -138,6 +153,26 @@ def injected(
         model = comfy_color.attach(model, guidance)
     prompt = words(pair)
     return studio.sample(pair, prompt, model=model, cfg=cfg, negative=prompt if preset.name == "cross-image" else "")
+
+
+def crossed(
+    studio: Studio,
+    pair: Pair,
+    *,
+    matching: Matching | None = None,
+    share: float = 1.0,
+    rest: Rest = "queries",
+    end: float = 1.0,
+    shape: Literal["a", "flat a"] = "a",
+) -> Result:
+    """Cross-Feature Attention on a pair, with the colour step of `default`, as its node does it."""
+    a, b = studio.reference(pair, shape), studio.reference(pair, "b")
+    found = matches(studio.see, a, [b], matching or Matching(), studio.pairs)
+    injection = cross_feature([b], a, found, share=share, rest=rest, window=Window(0.0, end))
+    assert PRESETS["default"].color is not None
+    guidance = ColorGuidance(b, window=PRESETS["default"].color, mask=a.mask, required=False)
+    model = comfy_color.attach(comfy_unet.attach(studio.demo.model, injection), guidance)
+    return studio.sample(pair, neutral(pair), model=model)
 
 
 def _colored(studio: Studio, pair: Pair) -> Result:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
 import torch
@@ -226,7 +227,11 @@ class Run(ABC):
                 lambda window: self._inside(base.model_sampling, window, sigma),
             )
             options = self.hooked(options, Given(x, c_crossattn, kwargs)) if self.session.active else options
-            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+            clean = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+            if self.session.predicted(clean, self.rows(x.shape[0], Grid(*x.shape[-2:]), options)):
+                # Whoever looked may have put the model off its device.
+                comfy.model_management.load_models_gpu([self.guider.model_patcher])
+            return clean
         finally:
             self.session.end()
             self.leave()

@@ -14,7 +14,7 @@ import comfy.model_patcher
 import torch
 from torch import Tensor, nn
 
-from ..features import Backbone, FeatureError, FeatureExtractor, RawFeatures, TimmExtractor, digest, load
+from ..features import Backbone, FeatureError, FeatureExtractor, Features, RawFeatures, TimmExtractor, digest, load
 
 
 def managed_extractor(backbone: Backbone, path: Path, dtype: torch.dtype = torch.float32) -> TimmExtractor:
@@ -30,6 +30,21 @@ def managed_extractor(backbone: Backbone, path: Path, dtype: torch.dtype = torch
         offload_device=comfy.model_management.unet_offload_device(),
     )
     return TimmExtractor(model, backbone, _Managed(patcher))
+
+
+def features_of_latents(see: Callable[[Tensor], Features], vae: Any, base: Any) -> Callable[[Tensor], Features]:
+    """From a clean latent (1, C, h, w) as the model scales it to the features of its picture.
+
+    Args:
+        see: an extractor with its settings.
+        vae: ComfyUI's, of the model or a small one of the same latents.
+        base: the model's BaseModel.
+    """
+
+    def look(latent: Tensor) -> Features:
+        return see(vae.decode(base.process_latent_out(latent.float()))[..., :3].movedim(-1, 1))
+
+    return look
 
 
 class _Managed:

@@ -11,6 +11,7 @@ projection they are taken apart again and given to the operator.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -70,13 +71,13 @@ class Layer(NamedTuple):
 class _Plan(NamedTuple):
     """An injection with its choice of sites made on this model.
 
-    `edits`: what is left of its edit, by whether its appearance and its shape are at work.
+    `edits`: what is left of its edit, by whether its appearance, its shape and its matches are at work.
     """
 
     injection: Injection
     sites: frozenset[str]
     shape_sites: frozenset[str]
-    edits: dict[tuple[bool, bool], AttentionEdit | None]
+    edits: dict[tuple[bool, ...], AttentionEdit | None]
 
 
 class _Active(NamedTuple):
@@ -85,6 +86,7 @@ class _Active(NamedTuple):
     plan: _Plan
     appearance: tuple[tuple[Reference, States], ...]
     shape: States | None
+    matching: bool
 
 
 @dataclass
@@ -109,6 +111,8 @@ class Session:
     _now: list[_Active] = field(default_factory=list, init=False)
     _shared: dict[Any, Any] = field(default_factory=dict, init=False)
     _maps: dict[tuple[Correspondence, Grid, Grid], SparseMap] = field(default_factory=dict, init=False)
+    _anew: dict[Injection, tuple[Correspondence, ...]] = field(default_factory=dict, init=False)
+    _seen: dict[Injection, int] = field(default_factory=dict, init=False)
     _measuring: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -116,7 +120,7 @@ class Session:
         for one in self.injections:
             sites = select(one.sites, self.sites) if one.appearance or one.shape_sites is None else frozenset()
             shape_sites = sites if one.shape_sites is None else select(one.shape_sites, self.sites)
-            edits = {(a, s): one.at(appearance=a, shape=s) for a in (False, True) for s in (False, True)}
+            edits = {told: one.at(*told) for told in itertools.product((False, True), repeat=3)}
             self._plans.append(_Plan(one, sites, shape_sites, edits))
         order = [site.name for site in self.sites]
         edited = {name for plan in self._plans for name in plan.sites | plan.shape_sites}
@@ -155,7 +159,8 @@ class Session:
             shape = one.shape if within(one.shape_window) else None
             if appearance or shape is not None:
                 found = tuple((reference, states(reference)) for reference in appearance)
-                self._now.append(_Active(plan, found, None if shape is None else states(shape)))
+                layout = None if shape is None else states(shape)
+                self._now.append(_Active(plan, found, layout, within(one.match_window)))
         if self._now:
             window = self._now[0].plan.injection.window
             early = within(Window(window.start, (window.start + window.end) / 2))
@@ -166,6 +171,27 @@ class Session:
         """Whether anything is at work in this evaluation."""
         return bool(self._now)
 
+    def predicted(self, clean: Tensor, rows: Sequence[Rows]) -> bool:
+        """Look at the picture that the model now has in mind, where an injection asks for that; whether one did.
+
+        Args:
+            clean: (B, C, h, w), the predicted clean latent of this evaluation.
+            rows: the prompts that the batch consists of; the first that is positive and sees the whole picture counts.
+        """
+        whole = [row.start for row in rows if row.positive and row.crop.size == row.crop.full]
+        looked = False
+        for plan, appearance, _, matching in self._now:
+            injection, refresh = plan.injection, plan.injection.refresh
+            if refresh is None or not (appearance and matching and whole):
+                continue
+            self._seen[injection] = self._seen.get(injection, 0) + 1
+            if self._seen[injection] % refresh.every == 0:
+                seen = refresh.look(clean[whole[0] : whole[0] + 1])
+                self._anew[injection] = tuple(pair.seen_anew(seen) for pair in injection.matches)
+                self._maps.clear()
+                looked = True
+        return looked
+
     def end(self) -> None:
         """Finish an evaluation of the model, whether it succeeded or not."""
         self._now, self._measuring = [], False
@@ -175,7 +201,7 @@ class Session:
 
     def features(self, h: Tensor, rows: Sequence[Rows]) -> Tensor:
         """Blend the shape references' decoder features into the output's (B, C, h, w)."""
-        for plan, _, states in self._now:
+        for plan, _, states, _ in self._now:
             injection = plan.injection
             share = injection.feature_strength * injection.edit.strength
             if states is None or share == 0 or not _concerns(injection, rows):
@@ -208,13 +234,13 @@ class Session:
             layer: the layer's projections; None where the states are projected already.
         """
         parts, hidden = [], n
-        for plan, appearance, states in self._now:
+        for plan, appearance, states, matching in self._now:
             injection = plan.injection
             if not _concerns(injection, rows):
                 continue
             reads = appearance if site in plan.sites else ()
             shape = states if site in plan.shape_sites else None
-            edit = plan.edits[bool(reads), shape is not None]
+            edit = plan.edits[bool(reads), shape is not None, matching]
             if edit is None:
                 continue
             part = _Part(injection, edit, [], self.projected)
@@ -279,13 +305,14 @@ class Session:
         difference when they are mixed, and a pack that cuts or merges the tokens can do the same to these."""
         whole, read = rows[0].crop.whole(grid), 0.0
         total = sum(reference.strength for reference in injection.appearance)
-        for reference, pair, state in zip(injection.appearance, injection.matches, states, strict=True):
+        matches = self._anew.get(injection, injection.matches)
+        for reference, pair, state in zip(injection.appearance, matches, states, strict=True):
             tokens = map_to_tokens(state).to(like)
             found = self._map(pair, whole, Grid(*state.shape[-2:]), tokens)
             read = read + found.apply(tokens[:, None])[:, 0] * (reference.strength / total)
         assert isinstance(read, Tensor)
         if self._measuring:
-            self._look(site, injection.matches[0], states[0], whole)
+            self._look(site, matches[0], states[0], whole)
         return _for_rows(tokens_to_map(read, whole), grid, "bilinear", rows, like)
 
     def _map(self, pair: Correspondence, grid: Grid, reference_grid: Grid, like: Tensor) -> SparseMap:

@@ -29,6 +29,8 @@ NODES = (
     "ShapeAppearancePreviewFeatures",
     "ShapeAppearancePreviewCorrespondence",
     "ShapeAppearanceCompositionScore",
+    "ShapeAppearanceCrossFeatureAttention",
+    "ShapeAppearanceSelfSimilarityGuidance",
 )
 HEAVY = ("diffusers", "timm", "transformers")
 LIMIT_SECONDS = 0.3

@@ -12,10 +12,10 @@ from inversion_core.attention import AttentionEdit
 from inversion_core.correspondence import Correspondence, Matching
 from inversion_core.features import Features
 from inversion_core.hosts.comfy_unet import attach, last_report
-from inversion_core.injection import Injection
+from inversion_core.injection import Injection, Refresh
 from inversion_core.reference import Reference
 
-from .models import NOISE, Patcher, demo_patcher, random, sample, with_low_memory
+from .models import NOISE, Patcher, demo_patcher, random, sample, with_low_memory, with_record_of_site
 from .test_comfy_unet_company import at_the_fine_site, at_the_fine_site_only, hypertile
 from .test_comfy_unet_oracle import MASK, SHAPE, SITE, TALL, WIDE, assert_equals, edited, oracle, project, seen
 
@@ -131,3 +131,23 @@ def test_the_report_shows_what_was_read(model: Patcher) -> None:
 def test_one_match_for_each_reference() -> None:
     with pytest.raises(ValueError, match="2 references have 1"):
         injection(MATCHED, TALL, WIDE, matches=(pair(TALL),))
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["together", "apart"])
+def test_the_output_is_looked_at_again_every_so_many_steps(model: Patcher, split: bool) -> None:
+    """Of four steps the second and the fourth look: the third reads by what the second saw."""
+    seen: list[Tensor] = []
+
+    def look(latent: Tensor) -> Features:
+        seen.append(latent.clone())
+        return looks((7, 7), 30 + len(seen))
+
+    refreshed = attach(model, injection(refresh=Refresh(2, look)))
+    plain, found = (with_record_of_site(one, "output", 3) for one in (attach(model, injection()), refreshed))
+    for one, _ in (plain, found):
+        sample(with_low_memory(one) if split else one, steps=4)
+    assert [tuple(one.shape) for one in seen] == [(1, 4, 16, 16)] * 2
+    calls = 2 if split else 1
+    same = [torch.equal(a, b) for a, b in zip(plain[1], found[1], strict=True)]
+    assert same[: 2 * calls] == [True] * (2 * calls)
+    assert not any(same[2 * calls :])
