@@ -33,7 +33,7 @@ def extra_flops(unet: UNet, injections: Sequence[Injection]) -> int:
 
     What is the same for all rows of the batch, such as a reference's keys, counts once. Below zero where an edit
     needs less than the attention that it replaces. The injections' sites are disjoint, their references of the
-    output's size, their masks none, their strengths 1.
+    output's size, their masks none, their strengths 1, what features decide all or nothing.
     """
     total = 0
     sites = sites_of(unet.patcher.model.diffusion_model)
@@ -60,6 +60,8 @@ def _extra(edit: AttentionEdit, n: int, width: int, rows: int) -> int:
         return 4 * rows * n * keys * width
 
     plain = 3 * projected(rows * n) + attended(rows, n)
+    if edit.matched == 1:  # no attention at all: one projection of the values that features chose
+        return projected(n) - plain
     own_queries, own_keys = edit.shape_query < 1 or edit.qk_stats, edit.reference != "replace"
     queries = projected((rows * n if own_queries else 0) + (n if edit.shape_query > 0 else 0))
     queries += projected(n) if edit.qk_stats else 0

@@ -11,14 +11,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from inversion_core.correspondence import Correspondence, Matching
+from inversion_core.cross_feature import cross_feature
+from inversion_core.features import Features
 from inversion_core.hosts.comfy_references import BANK
 from inversion_core.hosts.comfy_unet import attach, last_report
+from inversion_core.injection import Injection, Window
 from inversion_core.presets import PRESETS
 
 from .arithmetic import extra_flops, flops_of
 from .memory import peak_bytes
 from .rivals import doubled_masactrl, materialised_cross_image
-from .unets import build, sample, within_a_run
+from .unets import UNet, build, sample, within_a_run
 
 Figures = dict[str, Any]
 Work = Callable[[], None]
@@ -31,14 +35,14 @@ def measure_unet(
     unet = build(name, latent, dtype, tiny=tiny)
     figures |= {"latent": latent, "presets": {}, "rivals": {}}
     within_a_run(unet, unet.patcher, partial(measure_plain, figures))
-    for preset in tqdm(PRESETS.values(), desc=f"{name}: presets"):
+    for method, injections in tqdm(_methods(unet).items(), desc=f"{name}: presets"):
         BANK.clear()
-        injections = preset.injections((unet.appearance,), unet.shape if preset.shape else None)
         patched = attach(unet.patcher, *injections)
-        found = figures["presets"][preset.name] = {}
+        found = figures["presets"][method] = {}
         found["flop_floor"] = 1 + extra_flops(unet, injections) / figures["plain_flops"]
         within_a_run(unet, patched, partial(measure_preset, found, figures, pairs))
-        found["first_run_rows"] = last_report(patched).reference_rows / (2 * (2 if preset.shape else 1))
+        references = {id(reference) for one in injections for reference in one.references}
+        found["first_run_rows"] = last_report(patched).reference_rows / (2 * len(references))
         save()
     rivals = {
         "masactrl, source in the batch": doubled_masactrl(unet.patcher, unet.appearance),
@@ -48,6 +52,19 @@ def measure_unet(
         found = figures["rivals"][rival] = {}
         within_a_run(unet, patched, partial(measure_rival, found, figures, pairs))
         save()
+
+
+def _methods(unet: UNet) -> dict[str, tuple[Injection, ...]]:
+    """The presets, with a shape where they take one themselves; Cross-Feature Attention of random features."""
+    found = {
+        one.name: one.injections((unet.appearance,), unet.shape if one.shape else None) for one in PRESETS.values()
+    }
+    looks = []
+    for seed in (5, 6):
+        tokens = torch.randn(1, 28 * 28, 384, generator=torch.Generator().manual_seed(seed))
+        looks.append(Features((28, 28), tokens, tokens, tokens[:, None], None, None, None, f"random {seed}"))
+    match = Correspondence(looks[0], looks[1], Matching())
+    return found | {"cross-feature": (cross_feature((unet.appearance,), unet.shape, (match,), window=Window()),)}
 
 
 def measure_plain(figures: Figures, plain: Work, _: Work) -> None:

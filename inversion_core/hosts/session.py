@@ -249,12 +249,12 @@ class Session:
             if edit.matched > 0:
                 source = stored(site, "v") if self.projected else site
                 part.matched = self._matched(site, injection, [found[source] for _, found in reads], grid, rows, n)
-            if shape is not None and (edit.shape_query > 0 or edit.shape_key > 0):
-                part.shape, part.shape_keys = self._layout(shape, site, edit, grid, rows, n)
             if injection.mask is not None:
                 part.mask = self._mask(injection.mask, grid, rows, n)
             if reads and injection.shape is not None and injection.shape.mask is not None:
                 part.around = self._mask(injection.shape.mask, grid, rows, n)
+            if shape is not None and _asks(part) and (edit.shape_query > 0 or edit.shape_key > 0):
+                part.shape, part.shape_keys = self._layout(shape, site, edit, grid, rows, n)
             if edit.reference == "normalise":
                 assert layer is not None  # hosts with projected states refuse it
                 hidden = _normalised(part, hidden, rows, layer)

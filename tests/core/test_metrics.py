@@ -171,7 +171,7 @@ def test_the_self_similarity_distance_by_its_definition() -> None:
     without = (replace(a, cls_key=None), replace(b, cls_key=None))
     expected = ((similarity(a) - similarity(b))[1:, 1:] ** 2).mean()
     assert self_similarity_distance(*without) == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError, match=r"1 x \(2, 3\) and 1 x \(3, 2\): resize"):
+    with pytest.raises(ValueError, match=r"on \(2, 3\) and \(3, 2\): resize"):
         self_similarity_distance(a, features(1, (3, 2)))
 
 

@@ -57,7 +57,7 @@ def distance(demo: DemoModel, see: TimmExtractor, latent: Tensor, shape: Tensor)
 def test_the_measured_distance_falls_for_every_picture_of_a_batch(
     demo: DemoModel, see: TimmExtractor, shape: Tensor
 ) -> None:
-    guidance = StructureGuidance(see, demo.vae, shape, window=Window())
+    guidance = StructureGuidance(see, demo.vae, shape, window=Window(), repeats=3)
     plain, guided = drawn(demo, demo.model), drawn(demo, attach(demo.model, guidance))
     for before, after in zip(plain.split(1), guided.split(1), strict=True):
         assert distance(demo, see, after, shape) < 0.8 * distance(demo, see, before, shape)
