@@ -138,11 +138,12 @@ def measure_noise() -> dict[str, Any]:
     with torch.inference_mode():
         own = OwnMatching()
         pairs = [Pair(i) for i in range(PAIRS)]
+        latents = [own.encoded(pair.pictures) for pair in pairs]
         found: dict[str, list[Figures]] = {}
         for percent in tqdm(PERCENTS, desc="noise levels"):
             judgements: dict[str, tuple[list[Tensor], list[float]]] = {}
             for i, pair in enumerate(pairs):
-                for site, (grid, one) in own.maps(pair.pictures, pair.masks[1], percent, seed=i).items():
+                for site, (grid, one) in own.maps(latents[i], pair.masks[1], percent, seed=i).items():
                     distance, share = judged(pair, grid, one)
                     distances, used = judgements.setdefault(site, ([], []))
                     distances.append(distance)

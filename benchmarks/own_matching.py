@@ -35,19 +35,20 @@ class OwnMatching:
     def _keep(self, site: str, role: str, _module: Any, _given: Any, told: Tensor) -> None:
         self._found.setdefault(site, {})[role] = told
 
-    def maps(
-        self, pictures: Sequence[Tensor], mask: Tensor, percent: float, seed: int
-    ) -> dict[str, tuple[Grid, SparseMap]]:
+    def encoded(self, pictures: Sequence[Tensor]) -> Tensor:
+        """Output and reference, (1, 3, H, W) in [0, 1] each -> their latents (2, 4, h, w)."""
+        return torch.cat([self._demo.vae.encode(one.movedim(1, -1)) for one in pictures])
+
+    def maps(self, latents: Tensor, mask: Tensor, percent: float, seed: int) -> dict[str, tuple[Grid, SparseMap]]:
         """By site its grid and the map, most-read token first.
 
         Args:
-            pictures: output and reference, (1, 3, H, W) in [0, 1].
+            latents: of output and reference, as `encoded` gives them.
             mask: (1, 1, H, W), what of the reference may be read.
             percent: place in the schedule.
             seed: of the noise, which is not the same for both.
         """
         base = self._demo.model.model
-        latents = torch.cat([self._demo.vae.encode(one.movedim(1, -1)) for one in pictures])
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
         sigma = base.model_sampling.sigma_max if percent == 0 else base.model_sampling.percent_to_sigma(percent)
         sigma = torch.as_tensor(float(sigma)).reshape(1)

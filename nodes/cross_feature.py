@@ -48,7 +48,7 @@ class CrossFeatureAttention(io.ComfyNode):
                     "finds the place in the appearance, as in KV Injection. 'own': the appearance is not read there.",
                 ),
                 share("start_percent", 0.0, "Where in the sampling the features begin to decide."),
-                share("end_percent", 1.0, "Where they end."),
+                share("end_percent", 0.5, "Where they end; late, the model's own queries see fine texture better."),
                 io.String.Input(
                     "sites",
                     default="all",

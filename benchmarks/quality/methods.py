@@ -162,7 +162,7 @@ def crossed(
     matching: Matching | None = None,
     share: float = 1.0,
     rest: Rest = "queries",
-    end: float = 1.0,
+    end: float = 0.5,
     shape: Literal["a", "flat a"] = "a",
 ) -> Result:
     """Cross-Feature Attention on a pair, with the colour step of `default`, as its node does it."""
@@ -187,7 +187,12 @@ BASELINES: dict[str, Method] = {
     "full prompt (cap of the words)": partial(_prompted, described),
     **{f"img2img {share}": partial(_prompted, described, denoise=share) for share in (0.4, 0.6, 0.8)},
 }
-ATTENTION: dict[str, Method] = {name: partial(injected, preset) for name, preset in PRESETS.items()}
+ATTENTION: dict[str, Method] = {
+    **{name: partial(injected, preset) for name, preset in PRESETS.items()},
+    "cross-feature": crossed,
+    "cross-feature, throughout": partial(crossed, end=1.0),
+    "cross-feature, no queries": partial(crossed, end=1.0, rest="own"),
+}
 OURS: dict[str, Method] = {
     "default + flat shape": partial(injected, PRESETS["default"], shape="flat a"),
     "default + flat shape + full prompt": partial(injected, PRESETS["default"], shape="flat a", words=described),

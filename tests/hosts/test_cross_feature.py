@@ -11,10 +11,12 @@ from torch import Tensor
 from inversion_core.attention import AttentionEdit
 from inversion_core.correspondence import Correspondence, Matching
 from inversion_core.features import Features
+from inversion_core.hosts.comfy_injection import attach as attach_any
 from inversion_core.hosts.comfy_unet import attach, last_report
 from inversion_core.injection import Injection, Refresh
 from inversion_core.reference import Reference
 
+from .dit_models import KINDS
 from .models import NOISE, Patcher, demo_patcher, random, sample, with_low_memory, with_record_of_site
 from .test_comfy_unet_company import at_the_fine_site, at_the_fine_site_only, hypertile
 from .test_comfy_unet_oracle import MASK, SHAPE, SITE, TALL, WIDE, assert_equals, edited, oracle, project, seen
@@ -151,3 +153,23 @@ def test_the_output_is_looked_at_again_every_so_many_steps(model: Patcher, split
     same = [torch.equal(a, b) for a, b in zip(plain[1], found[1], strict=True)]
     assert same[: 2 * calls] == [True] * (2 * calls)
     assert not any(same[2 * calls :])
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_diffusion_transformers_read_by_features_too(family: str) -> None:
+    """Beside their prompt's tokens; the operator's own test says what is read."""
+    kind = KINDS[family]
+    model, reference = kind.build(), Reference(random(1, 16, 10, 14, seed=2))
+    match = Correspondence(looks((7, 7), 1), looks((5, 7), 2), Matching())
+    asked = {"noise": kind.noise(2), "positive": kind.prompt(101), "negative": kind.prompt(102), "steps": 2}
+
+    def drawn(edit: AttentionEdit, apart: bool = False) -> Tensor:
+        patched = attach_any(model, Injection(edit, (reference,), sites="all", matches=(match,)))
+        return sample(with_low_memory(patched) if apart else patched, **asked)
+
+    plain, read = sample(model, **asked), drawn(MATCHED)
+    assert float((read - plain).abs().max()) > 1e-2
+    assert torch.equal(drawn(replace(MATCHED, strength=0.0)), plain)
+    torch.testing.assert_close(drawn(MATCHED, apart=True), read, atol=2e-4, rtol=1e-3)
+    asking = drawn(replace(MATCHED, reference="replace", matched=0.5))
+    assert float((asking - read).abs().max()) > 1e-3
