@@ -14,7 +14,8 @@ from .text import WIDTH
 class DemoFlowConfig(DemoConfig):
     """What ComfyUI's model base needs to know of the demo's transformer."""
 
-    sampling_settings = {"shift": 1.0}  # noqa: RUF012 (ComfyUI's own layout)
+    # More of the steps where almost all is noise and the shape is decided; ComfyUI gives SD3 itself 3.
+    sampling_settings = {"shift": 2.0}  # noqa: RUF012 (ComfyUI's own layout)
 
     def model_type(self, state_dict: dict, prefix: str = "") -> comfy.model_base.ModelType:
         return comfy.model_base.ModelType.FLOW

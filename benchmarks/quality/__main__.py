@@ -19,9 +19,10 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from demo import comfy as comfy_host
-from demo.weights import FOLDER
+from demo.weights import DENOISER, DIT, FOLDER
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+NETWORKS = ("UNet", "DiT")
 NOTHING = "prompt only"
 """Where this method is among them, every other's gain in appearance over it is given, pair by pair."""
 SHEET_PAIRS = 8
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="a page whose <!-- table --> is to be replaced")
     parser.add_argument("--sheet", type=Path, help="where to save the first pairs' pictures as one image")
     parser.add_argument("--only", help="groups or methods, by commas (default: all)")
+    parser.add_argument("--network", nargs="+", choices=NETWORKS, default=["UNet"], help="which of the demo's models")
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument("--tuning", action="store_true", help="the tuning pairs instead: values may be chosen on them")
     options = parser.parse_args()
@@ -47,24 +49,27 @@ def main() -> None:
     from .methods import Studio
     from .pairs import pairs
 
-    chosen = _methods(options.only)
     tasks = pairs(options.pairs, options.tuning)
-    kept = _Kept(ROOT / "runs" / "quality")
-    with torch.inference_mode():
-        studio, judge = Studio(load_demo_model()), Judge.load()
-        for pair in tqdm(tasks, desc="pairs", mininterval=5):
-            for name, method in chosen.items():
-                if kept.find(name, pair.seed) is None:
-                    result = method(studio, pair)
-                    figures = measure(result.picture, pair, judge)
-                    kept.add(
-                        name, pair.seed, {**figures, "rows": result.rows, "seconds": result.seconds}, result.picture
-                    )
-    results = {name: [kept.require(name, pair.seed) for pair in tasks] for name in chosen}
-    if NOTHING in results:
-        for rows in results.values():
-            for row, plain in zip(rows, [row["appearance"] for row in results[NOTHING]], strict=True):
-                row["gain"] = row["appearance"] - plain
+    results: dict[str, list[dict[str, float]]] = {}
+    made: dict[str, list[np.ndarray]] = {}
+    judge = Judge.load()
+    for network in options.network:
+        chosen = _methods(options.only, network)
+        kept = _Kept(ROOT / "runs" / "quality", network)
+        with torch.inference_mode():
+            studio = Studio(load_demo_model(network=network))
+            for pair in tqdm(tasks, desc=network, mininterval=5):
+                for name, method in chosen.items():
+                    if kept.find(name, pair.seed) is None:
+                        result = method(studio, pair)
+                        figures = measure(result.picture, pair, judge)
+                        kept.add(
+                            name, pair.seed, {**figures, "rows": result.rows, "seconds": result.seconds}, result.picture
+                        )
+        prefix = "" if len(options.network) == 1 else f"{network}: "
+        found = {prefix + name: [kept.require(name, pair.seed) for pair in tasks] for name in chosen}
+        results |= with_gain(found, prefix + NOTHING)
+        made |= {prefix + name: [kept.picture(name, pair.seed) for pair in tasks[:SHEET_PAIRS]] for name in chosen}
     table = summary(results)
     if options.json is not None:
         options.json.write_text(json.dumps({"pairs": len(tasks), "methods": table}, indent=2) + "\n", encoding="utf-8")
@@ -77,40 +82,59 @@ def main() -> None:
         table_text = markdown(table, len(tasks))
         options.docs.write_text(f"{before}{_TABLE[0]}\n{table_text}{_TABLE[1]}{after}", encoding="utf-8")
     if options.sheet is not None:
-        rows = [[pair.shape.image, pair.appearance.image, pair.truth.image] for pair in tasks[:SHEET_PAIRS]]
-        for row, pair in zip(rows, tasks, strict=False):
-            row += [kept.picture(name, pair.seed) for name in chosen]
-        sheet(["A: shape", "B: appearance", "true answer", *chosen], rows).save(options.sheet)
+        rows = [
+            [pair.shape.image, pair.appearance.image, pair.truth.image, *pictures]
+            for pair, *pictures in zip(tasks, *made.values(), strict=False)
+        ]
+        sheet(["A: shape", "B: appearance", "true answer", *made], rows).save(options.sheet)
     print(markdown(table, len(tasks)))
 
 
-def _methods(only: str | None) -> dict[str, Any]:
-    from .methods import GROUPS
+def with_gain(results: dict[str, list[dict[str, float]]], plain: str) -> dict[str, list[dict[str, float]]]:
+    """The rows with their gain in appearance over the method `plain` on the same pair, if that is among them."""
+    if plain not in results:
+        return results
+    base = [row["appearance"] for row in results[plain]]
+    return {
+        name: [{**row, "gain": row["appearance"] - less} for row, less in zip(rows, base, strict=True)]
+        for name, rows in results.items()
+    }
+
+
+def _methods(only: str | None, network: str) -> dict[str, Any]:
+    from .methods import GROUPS, UNET_ONLY
 
     everything = {name: method for group in GROUPS.values() for name, method in group.items()}
+    chosen = _wanted(only, everything, GROUPS)
+    return {name: method for name, method in chosen.items() if network == "UNet" or name not in UNET_ONLY}
+
+
+def _wanted(only: str | None, everything: dict[str, Any], groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
     if only is None:
         return everything
     chosen: dict[str, Any] = {}
     for word in (part.strip() for part in only.split(",")):
-        if word not in GROUPS and word not in everything:
+        if word not in groups and word not in everything:
             raise SystemExit(
-                f"--only: {word!r} is no group ({', '.join(GROUPS)}) and no method: {', '.join(everything)}"
+                f"--only: {word!r} is no group ({', '.join(groups)}) and no method: {', '.join(everything)}"
             )
-        chosen |= GROUPS[word] if word in GROUPS else {word: everything[word]}
+        chosen |= groups[word] if word in groups else {word: everything[word]}
     return chosen
 
 
 class _Kept:
-    """Results on disk, for one state of the weights and of the code that makes and measures them."""
+    """A network's results on disk, for one state of its weights and of the code that makes and measures them."""
 
-    def __init__(self, root: Path) -> None:
-        files = [*sorted(FOLDER.glob("*.safetensors")), *sorted((ROOT / "inversion_core").rglob("*.py"))]
+    def __init__(self, root: Path, network: str) -> None:
+        other = DENOISER if network == "DiT" else DIT
+        files = [file for file in sorted(FOLDER.glob("*.safetensors")) if file.name != other]
+        files += sorted((ROOT / "inversion_core").rglob("*.py"))
         files += sorted((ROOT / "demo").glob("*.py"))
         files += [Path(__file__).with_name(f"{name}.py") for name in ("measures", "methods", "pairs")]
         state = hashlib.sha256()
         for file in files:
             state.update(file.read_bytes())
-        self.folder = root / state.hexdigest()[:12]
+        self.folder = root / network / state.hexdigest()[:12]
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def _file(self, method: str, seed: int) -> Path:

@@ -19,7 +19,7 @@ from demo.weights import FOLDER
 from inversion_core.correspondence import CorrespondenceBank, Matching
 from inversion_core.cross_feature import Rest, cross_feature, matches
 from inversion_core.features import Backbone, TimmExtractor, load
-from inversion_core.hosts import comfy_color, comfy_unet
+from inversion_core.hosts import comfy_color, comfy_injection
 from inversion_core.hosts.comfy_color import ColorGuidance
 from inversion_core.hosts.comfy_references import BANK
 from inversion_core.injection import Window
@@ -33,7 +33,7 @@ CFG = 3.0
 
 
 class Result(NamedTuple):
-    """A picture (H, W, 3) in [0, 1], the rows that went through the UNet for it, and the seconds it took."""
+    """A picture (H, W, 3) in [0, 1], the rows that went through the network for it, and the seconds it took."""
 
     picture: Tensor
     rows: int
@@ -147,7 +147,8 @@ def injected(
     """
     a, b = studio.reference(pair, "a"), studio.reference(pair, "b")
     layout = None if shape is None else studio.reference(pair, shape)
-    model = comfy_unet.attach(studio.demo.model, *preset.injections([b], layout))
+    transformer = comfy_injection.of_transformer(studio.demo.model)
+    model = comfy_injection.attach(studio.demo.model, *preset.injections([b], layout, transformer=transformer))
     if preset.color is not None and color > 0:
         guidance = ColorGuidance(b, strength=color, window=preset.color, mask=a.mask, required=False)
         model = comfy_color.attach(model, guidance)
@@ -171,7 +172,7 @@ def crossed(
     injection = cross_feature([b], a, found, share=share, rest=rest, window=Window(0.0, end))
     assert PRESETS["default"].color is not None
     guidance = ColorGuidance(b, window=PRESETS["default"].color, mask=a.mask, required=False)
-    model = comfy_color.attach(comfy_unet.attach(studio.demo.model, injection), guidance)
+    model = comfy_color.attach(comfy_injection.attach(studio.demo.model, injection), guidance)
     return studio.sample(pair, neutral(pair), model=model)
 
 
@@ -208,10 +209,21 @@ PRESET_PAGE: dict[str, Method] = {
     "default + flat shape": OURS["default + flat shape"],
 }
 
+UNET_ONLY = {name for name, preset in PRESETS.items() if not any(step.blocks for step in preset.steps)}
+"""Presets that have no form for a diffusion transformer."""
+
+DIT_PAGE: dict[str, Method] = {
+    "prompt only": BASELINES["prompt only"],
+    **{name: ATTENTION[name] for name in (*PRESETS, "cross-feature") if name not in UNET_ONLY},
+    "default - colour": OURS["default - colour"],
+    "colour guidance alone": OURS["colour guidance alone"],
+}
+
 GROUPS: dict[str, dict[str, Method]] = {
     "baselines": BASELINES,
     "attention": ATTENTION,
     "ours": OURS,
     "presets": PRESET_PAGE,
+    "dit": DIT_PAGE,
 }
 """What `--only` chooses among."""
