@@ -81,7 +81,7 @@ def _flux_shape() -> dict[str, Any]:
         "patch_size": 2,
         "context_in_dim": WIDTH,
         "hidden_size": 32,
-        "mlp_ratio": 2.0,
+        "mlp_ratio": 4.0,
         "num_heads": 2,
         "depth": 2,
         "depth_single_blocks": 3,
