@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-SIZE = (640, 360)
+SIZE = (800, 360)
 LEFT, TOP, RIGHT, BOTTOM = 56, 16, 616, 312
 COLOURS = ("#d1495b", "#00798c", "#edae49", "#5b5f97", "#66a182", "#8d6a9f")
 
@@ -37,13 +37,14 @@ def chart(curves: Mapping[str, Curve], ticks: Mapping[float, str], across: str, 
         draw.text((at(x, 0)[0], BOTTOM + 6), label, fill="#444444", font=font, anchor="mt")
     draw.text(((LEFT + RIGHT) / 2, SIZE[1] - 8), across, fill="black", font=font, anchor="mb")
     draw.text((LEFT + 6, TOP - 2), up, fill="black", font=font, anchor="lt")
-    for i, (name, points) in enumerate(curves.items()):
+    for i, points in enumerate(curves.values()):
         colour = COLOURS[i % len(COLOURS)]
         places = [at(x, y) for x, y in sorted(points)]
         draw.line(places, fill=colour, width=2)
         for x, y in places:
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
-        line = TOP + 16 + 15 * i
-        draw.line([(RIGHT - 190, line + 6), (RIGHT - 172, line + 6)], fill=colour, width=3)
-        draw.text((RIGHT - 166, line), name, fill="black", font=font, anchor="lt")
+    for i, name in enumerate(curves):
+        colour, line = COLOURS[i % len(COLOURS)], TOP + 15 * i
+        draw.line([(RIGHT + 24, line + 6), (RIGHT + 42, line + 6)], fill=colour, width=3)
+        draw.text((RIGHT + 48, line), name, fill="black", font=font, anchor="lt")
     return image

@@ -81,7 +81,7 @@ def plot(figures: dict[str, Any], file: Path) -> None:
     """The losses over the steps; the guided ones end where the guidance does."""
     curves = {name: [(i + 1.0, loss) for i, (_, loss) in enumerate(run)] for name, run in figures["losses"].items()}
     last = max(len(run) for run in curves.values())
-    top = 0.05 * (1 + int(max(loss for run in curves.values() for _, loss in run) / 0.05))
+    top = 0.04 * (1 + int(max(loss for run in curves.values() for _, loss in run) / 0.04))
     chart(curves, {float(i): str(i) for i in range(1, last + 1)}, "step", "self-similarity loss", top).save(file)
 
 

@@ -27,7 +27,7 @@ class OwnMatching:
         unet: Any = self._demo.model.model.diffusion_model
         for name, module in unet.named_modules():
             if name.endswith("attn1"):
-                site = name.removesuffix(".transformer_blocks.0.attn1").replace("_blocks.", ".").replace("_block", "")
+                site = _site(name)
                 self._heads[site] = module.heads
                 for role in ("to_q", "to_k"):
                     getattr(module, role).register_forward_hook(partial(self._keep, site, role))
@@ -67,3 +67,10 @@ class OwnMatching:
         scores = q[0] @ k[1].transpose(1, 2) / math.sqrt(q.shape[-1]) + weight.log()
         share, index = scores.softmax(dim=-1).mean(0).sort(dim=1, descending=True)
         return grid, SparseMap(index, share)
+
+
+def _site(name: str) -> str:
+    """A self-attention as the pack calls it, from its name in the UNet: `output_blocks.2.1.transformer_blocks.0.attn1`
+    is `output.2.0`."""
+    part, number, *_, index, _ = name.split(".")
+    return f"{part.split('_')[0]}.{0 if part == 'middle_block' else number}.{index}"
