@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from inversion_core.attention import AttentionEdit
-from inversion_core.hosts.comfy_unet import sites_of
+from inversion_core.hosts.comfy_injection import chosen, sites_of
 from inversion_core.injection import Injection
 from inversion_core.sites import Site, select
 
@@ -35,8 +35,10 @@ def extra_flops(unet: UNet, injections: Sequence[Injection]) -> int:
     needs less than the attention that it replaces. The injections' sites are disjoint, their references of the
     output's size, their masks none, their strengths 1, what features decide all or nothing.
     """
+    if unet.is_transformer:
+        return sum(_joint(unet, one) for one in injections)
     total = 0
-    sites = sites_of(unet.patcher.model.diffusion_model)
+    sites = sites_of(unet.patcher)
     widths = _widths(unet)
     for one in injections:
         appearance = select(one.sites, sites) if one.appearance else frozenset()
@@ -80,9 +82,26 @@ def _extra(edit: AttentionEdit, n: int, width: int, rows: int) -> int:
     return queries + keys + values + attention - plain
 
 
+def _joint(unet: UNet, injection: Injection) -> int:
+    """An injection on a transformer: everything is projected before, and only what the picture's queries read differs.
+
+    They read the prompt and the reference, and where the edit keeps them the picture's own keys. What every prompt
+    token asks of everything stays.
+    """
+    model = unet.patcher.model.diffusion_model
+    edit, rows = injection.edit, 1 if injection.rows == "positive" else 2
+    reads = {"replace": 0, "extend": 1}[edit.reference]  # times the picture's tokens, more than without the edit
+    total = 0
+    for site in sites_of(unet.patcher):
+        n = (unet.latent // site.scale) ** 2
+        if site.name in chosen(unet.patcher, injection.sites):
+            total += 4 * rows * n * reads * n * model.hidden_size
+    return total
+
+
 def _widths(unet: UNet) -> dict[Site, int]:
     """Channels of each self-attention."""
     model = unet.patcher.model.diffusion_model
     layers = [module.attn1 for module in model.modules() if hasattr(module, "attn1")]
     widths = [layer.heads * layer.dim_head for layer in layers]
-    return dict(zip(sites_of(model), widths, strict=True))
+    return dict(zip(sites_of(unet.patcher), widths, strict=True))

@@ -1,9 +1,9 @@
 """``python -m benchmarks.speed --json FILE``: what does KV Injection cost beside the plain model?
 
-UNets of SD1.5's and SDXL's real sizes with random weights, sampled by ComfyUI; half precision, on the GPU if there is
-one. A step is one evaluation for the positive and the negative prompt. Plain and patched steps alternate in one run;
-the ratios are medians over the pairs. On the CPU a time is that of one thread's work, so that what else the machine
-does matters little.
+UNets of SD1.5's and SDXL's real sizes and a stack of Flux's blocks (one double, two single), with random weights,
+sampled by ComfyUI; half precision, on the GPU if there is one. A step is one evaluation for the positive and the negative
+prompt. Plain and patched steps alternate in one run; the ratios are medians over the pairs. On the CPU a time is that
+of one thread's work, so that what else the machine does matters little.
 
 Ratios to the plain step, for each preset (with its shape reference where the method has one):
     cached_ratio: the bank holds the references;
@@ -34,6 +34,7 @@ Figures = dict[str, Any]
 
 PARTS = ("attention", "contrast", "rows")
 CONTRAST_TOKENS = 4096
+MODELS = ("sd15", "sdxl", "flux")
 HEADS = {"sd15": (8, 40), "sdxl": (10, 64)}
 """Heads and channels of each, where the model's self-attention has the most tokens."""
 
@@ -47,12 +48,12 @@ class Size(NamedTuple):
     tiny: bool
 
 
-QUICK = Size({"sd15": 16, "sdxl": 16}, pairs=1, steps=10, tiny=True)
-CPU = Size({"sd15": 32, "sdxl": 24}, pairs=3, steps=50, tiny=False)
-GPU = Size({"sd15": 64, "sdxl": 128}, pairs=25, steps=50, tiny=False)
+QUICK = Size({"sd15": 16, "sdxl": 16, "flux": 16}, pairs=1, steps=10, tiny=True)
+CPU = Size({"sd15": 32, "sdxl": 24, "flux": 32}, pairs=3, steps=50, tiny=False)
+GPU = Size({"sd15": 64, "sdxl": 128, "flux": 128}, pairs=25, steps=50, tiny=False)
 
 
-def measure(file: Path, parts: tuple[str, ...], size: Size) -> Figures:
+def measure(file: Path, parts: tuple[str, ...], size: Size, models: tuple[str, ...] = MODELS) -> Figures:
     """The parts asked for; the file is written after each preset, for a full run takes a while."""
     from . import steps  # ComfyUI must be importable first
 
@@ -66,7 +67,7 @@ def measure(file: Path, parts: tuple[str, ...], size: Size) -> Figures:
         _write(file, figures)
     if "attention" in parts:
         figures["unets"] = {}
-        for name in HEADS:
+        for name in models:
             found = figures["unets"][name] = {}
             save = partial(_write, file, figures)
             shown = {"latent": size.latents[name], "pairs": size.pairs, "tiny": size.tiny}
@@ -153,6 +154,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="where to write the figures")
     parser.add_argument("--markdown", type=Path, help="where to write them as tables")
     parser.add_argument("--only", choices=PARTS, help="measure this part alone")
+    parser.add_argument("--model", choices=MODELS, help="measure the attention of this model alone")
     parser.add_argument("--quick", action="store_true", help="tiny UNets, few steps: does it run at all?")
     options = parser.parse_args()
     comfy_host.ensure_importable()
@@ -162,7 +164,8 @@ def main() -> None:
     size = QUICK if options.quick else GPU if torch.cuda.is_available() else CPU
     torch.set_num_threads(1)
     with torch.inference_mode():
-        figures = measure(options.json, (options.only,) if options.only else PARTS, size)
+        models = (options.model,) if options.model else MODELS
+        figures = measure(options.json, (options.only,) if options.only else PARTS, size, models)
     _write(options.json, figures)
     text = tables(figures)
     if options.markdown is not None:

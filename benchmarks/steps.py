@@ -14,8 +14,8 @@ from tqdm import tqdm
 from inversion_core.correspondence import Correspondence, Matching
 from inversion_core.cross_feature import cross_feature
 from inversion_core.features import Features
+from inversion_core.hosts.comfy_injection import attach, last_report
 from inversion_core.hosts.comfy_references import BANK
-from inversion_core.hosts.comfy_unet import attach, last_report
 from inversion_core.injection import Injection, Window
 from inversion_core.presets import PRESETS
 
@@ -31,7 +31,7 @@ Work = Callable[[], None]
 def measure_unet(
     figures: Figures, name: str, dtype: torch.dtype, *, latent: int, pairs: int, tiny: bool, save: Work
 ) -> None:
-    """Every preset and rival on one UNet, into `figures`; `save` is called after each."""
+    """Every preset and rival on one model, into `figures`; `save` is called after each. The rivals are of UNets."""
     unet = build(name, latent, dtype, tiny=tiny)
     figures |= {"latent": latent, "presets": {}, "rivals": {}}
     within_a_run(unet, unet.patcher, partial(measure_plain, figures))
@@ -44,6 +44,8 @@ def measure_unet(
         references = {id(reference) for one in injections for reference in one.references}
         found["first_run_rows"] = last_report(patched).reference_rows / (2 * len(references))
         save()
+    if unet.is_transformer:
+        return
     rivals = {
         "masactrl, source in the batch": doubled_masactrl(unet.patcher, unet.appearance),
         "cross-image, whole maps": materialised_cross_image(unet.patcher, unet.appearance, unet.shape),
@@ -56,6 +58,12 @@ def measure_unet(
 
 def _methods(unet: UNet) -> dict[str, tuple[Injection, ...]]:
     """The presets, with a shape where they take one themselves; Cross-Feature Attention of random features."""
+    if unet.is_transformer:
+        return {
+            one.name: one.injections((unet.appearance,), unet.shape if one.shape else None, transformer=True)
+            for one in PRESETS.values()
+            if any(step.blocks for step in one.steps)
+        }
     found = {
         one.name: one.injections((unet.appearance,), unet.shape if one.shape else None) for one in PRESETS.values()
     }

@@ -1,4 +1,4 @@
-"""UNets of Stable Diffusion's real sizes with random weights, and single evaluations of them by ComfyUI itself."""
+"""UNets of Stable Diffusion's real sizes and a stack of Flux's blocks with random weights; single evaluations of them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from demo.train.data import reset
+from inversion_core.hosts.comfy_injection import of_transformer
 from inversion_core.reference import Reference
 
 Patcher = Any
@@ -52,6 +53,18 @@ _SDXL = {
     "num_heads": -1,
     "num_classes": "sequential",
 }
+_FLUX = {
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": 2,
+    "mlp_ratio": 4.0,
+    "depth": 1,
+    "depth_single_blocks": 2,
+    "theta": 10000,
+    "qkv_bias": True,
+    "guidance_embed": True,
+}
+"""One of its 19 double blocks and two of its 38 single ones: about their proportion."""
 _TIME_IDS = 6 * 256
 """Channels of SDXL's size conditioning."""
 
@@ -76,31 +89,63 @@ class UNet:
 
     @property
     def noise(self) -> Tensor:
-        return _random(1, 4, self.latent, self.latent, seed=0)
+        return _random(1, self.appearance.latent.shape[1], self.latent, self.latent, seed=0)
+
+    @property
+    def is_transformer(self) -> bool:
+        """Whether it is a stack of a transformer's blocks, no UNet."""
+        return of_transformer(self.patcher)
+
+    @property
+    def text(self) -> int:
+        """Tokens of a prompt."""
+        return self.positive[0][0].shape[1]
 
 
 def build(name: str, latent: int, dtype: torch.dtype, *, tiny: bool = False) -> UNet:
-    """`sd15` or `sdxl` as ComfyUI builds it; `tiny`: block for block the same, a tenth of its width."""
-    family, shape, width = {
-        "sd15": (comfy.supported_models.SD15, _SD15, 768),
-        "sdxl": (comfy.supported_models.SDXL, _SDXL, 2048),
-    }[name]
-    pooled = 16 if tiny else 1280
-    sizes: dict[str, Any] = {"model_channels": 32 if tiny else 320, "context_dim": 64 if tiny else width}
-    if name == "sdxl":
-        sizes |= {"adm_in_channels": pooled + _TIME_IDS, "num_head_channels": 16 if tiny else 64}
-    config = family({**_ANY, **shape, **sizes})
+    """`sd15`, `sdxl` or `flux` as ComfyUI builds it; `tiny`: block for block the same, a tenth of its width."""
+    pooled = 16 if tiny else 768 if name == "flux" else 1280
+    config, width = _flux(pooled, tiny) if name == "flux" else _unet(name, pooled, tiny)
     config.set_inference_dtype(dtype, None)
     torch.manual_seed(0)
     base = config.get_model({})
     reset(base.diffusion_model)
+    for key, weight in base.diffusion_model.named_parameters():
+        if key.endswith("norm.scale"):  # Flux's own norms have nothing that `reset` could call
+            torch.nn.init.ones_(weight)
     device = comfy.model_management.get_torch_device()
     patcher = comfy.model_patcher.ModelPatcher(base, load_device=device, offload_device=torch.device("cpu"))
     positive, negative = (
-        [[_random(1, 77, sizes["context_dim"], seed=i), {"pooled_output": _random(1, pooled, seed=i)}]] for i in (1, 2)
+        [[_random(1, 77, width, seed=i), {"pooled_output": _random(1, pooled, seed=i)}]] for i in (1, 2)
     )
-    references = (Reference(_random(1, 4, latent, latent, seed=i)) for i in (3, 4))
+    channels = base.latent_format.latent_channels
+    references = (Reference(_random(1, channels, latent, latent, seed=i)) for i in (3, 4))
     return UNet(patcher, latent, positive, negative, *references)
+
+
+def _unet(name: str, pooled: int, tiny: bool) -> tuple[Any, int]:
+    """The configuration, and the width of its prompt."""
+    family, shape, width = {
+        "sd15": (comfy.supported_models.SD15, _SD15, 768),
+        "sdxl": (comfy.supported_models.SDXL, _SDXL, 2048),
+    }[name]
+    sizes: dict[str, Any] = {"model_channels": 32 if tiny else 320, "context_dim": 64 if tiny else width}
+    if name == "sdxl":
+        sizes |= {"adm_in_channels": pooled + _TIME_IDS, "num_head_channels": 16 if tiny else 64}
+    return family({**_ANY, **shape, **sizes}), sizes["context_dim"]
+
+
+def _flux(pooled: int, tiny: bool) -> tuple[Any, int]:
+    """The configuration, and the width of its prompt."""
+    width = 64 if tiny else 4096
+    sizes = {
+        "vec_in_dim": pooled,
+        "context_in_dim": width,
+        "hidden_size": 64 if tiny else 3072,
+        "num_heads": 4 if tiny else 24,
+        "axes_dim": [4, 6, 6] if tiny else [16, 56, 56],
+    }
+    return comfy.supported_models.Flux({"image_model": "flux", **_FLUX, **sizes}), width
 
 
 def sample(unet: UNet, model: Patcher, steps: int, cfg: float) -> Tensor:

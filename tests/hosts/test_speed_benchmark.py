@@ -13,7 +13,7 @@ from benchmarks.arithmetic import extra_flops, flops_of
 from benchmarks.memory import peak_bytes
 from benchmarks.rivals import doubled_masactrl, materialised_cross_image
 from benchmarks.unets import UNet, build, sample, within_a_run
-from inversion_core.hosts.comfy_unet import attach, last_report
+from inversion_core.hosts.comfy_injection import attach, last_report
 from inversion_core.injection import Injection, Window
 from inversion_core.presets import CROSS_IMAGE, MASACTRL, PRESETS, Preset
 
@@ -43,6 +43,24 @@ def test_with_a_warm_bank_nothing_is_computed_twice_or_in_vain(unet: UNet, name:
     assert counted == [extra_flops(unet, injections)]
 
 
+@pytest.mark.parametrize("name", ["default", "masactrl", "visual-style", "style-aligned"])
+def test_on_a_stack_of_flux_blocks_nothing_is_computed_twice_either(name: str) -> None:
+    """Keys that count more than others go through the attention with eight channels more: not the formula's."""
+    flux = build("flux", 16, torch.float32, tiny=True)
+    preset = PRESETS[name]
+    injections = preset.injections((flux.appearance,), flux.shape if preset.shape else None, transformer=True)
+    injections = tuple(replace(one, edit=replace(one.edit, reference_bias=0.0)) for one in injections)
+    counted = []
+
+    def work(plain: Work, edited: Work) -> None:
+        for _ in range(2):
+            edited()  # the first is measured for the report
+        counted.append(flops_of(edited) - flops_of(plain))
+
+    within_a_run(flux, attach(flux.patcher, *injections), work)
+    assert counted == [extra_flops(flux, injections)]
+
+
 def test_more_keys_need_more_and_shared_ones_less(unet: UNet) -> None:
     assert extra_flops(unet, injections_of(PRESETS["style-aligned"], unet)) > 0
     assert extra_flops(unet, injections_of(PRESETS["default"], unet)) < 0
@@ -65,7 +83,7 @@ def test_everything_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(speed, "CONTRAST_TOKENS", 64)
     monkeypatch.setattr(speed, "HEADS", {"sd15": (8, 40)})
     file = tmp_path / "speed.json"
-    figures = speed.measure(file, speed.PARTS, speed.QUICK)
+    figures = speed.measure(file, speed.PARTS, speed.QUICK, ("sd15",))
     assert json.loads(file.read_text(encoding="utf-8")) == figures
     measured = figures["unets"]["sd15"]
     for name in presets:
