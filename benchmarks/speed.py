@@ -1,9 +1,9 @@
 """``python -m benchmarks.speed --json FILE``: what does KV Injection cost beside the plain model?
 
 UNets of SD1.5's and SDXL's real sizes and a stack of Flux's blocks (one double, two single), with random weights,
-sampled by ComfyUI; half precision, on the GPU if there is one. A step is one evaluation for the positive and the negative
-prompt. Plain and patched steps alternate in one run; the ratios are medians over the pairs. On the CPU a time is that
-of one thread's work, so that what else the machine does matters little.
+sampled by ComfyUI; half precision, on the GPU if there is one. A step is one evaluation for the positive and the
+negative prompt. Plain and patched steps alternate in one run; the ratios are medians over the pairs. On the CPU a time
+is that of one thread's work, so that what else the machine does matters little.
 
 Ratios to the plain step, for each preset (with its shape reference where the method has one):
     cached_ratio: the bank holds the references;

@@ -1,4 +1,4 @@
-"""UNets of Stable Diffusion's real sizes and a stack of Flux's blocks with random weights; single evaluations of them."""
+"""UNets of real sizes and a stack of Flux's blocks, with random weights, and single evaluations by ComfyUI itself."""
 
 from __future__ import annotations
 
