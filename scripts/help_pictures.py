@@ -119,14 +119,13 @@ def load_demo_model(studio: Studio) -> Panels:
 
 
 def encode_reference(studio: Studio) -> Panels:
-    graph = {
-        **studio.base(),
-        "kept": studio.encoded("shape_file"),
-        "kv": injected(),
-        "kv kept": injected(shape=["kept", 0]),
-    }
-    graph = sampled(sampled(graph, "flatten 0", ["kv kept", 0]), "flatten 1", ["kv", 0])
-    return {"shape": studio.shape, "appearance": studio.appearance, **studio.run(graph)}
+    """The pair the other way round: here the shape is the one with a texture."""
+    graph = {**studio.base(), "plain": studio.encoded("shape_file")}
+    for name, flatten in (("flatten 0", 0.0), ("flatten 1", 1.0)):
+        graph[f"{name}/shape"] = studio.encoded("look_file", flatten)
+        graph[f"{name}/kv"] = injected(shape=[f"{name}/shape", 0], appearance=["plain", 0])
+        graph = sampled(graph, name, [f"{name}/kv", 0])
+    return {"shape": studio.appearance, "appearance": studio.shape, **studio.run(graph)}
 
 
 def invert_reference(studio: Studio) -> Panels:

@@ -169,4 +169,7 @@ def test_the_help_page_opens_in_both_languages(page: ComfyPage) -> None:
         page.page.get_by_test_id("info-button").click()
         page.panel.get_by_role("heading", name=inputs, exact=True).wait_for()
         assert title in page.panel.inner_text()
+        picture = page.panel.get_by_role("img").first
+        picture.scroll_into_view_if_needed()
+        assert picture.evaluate("async image => { await image.decode(); return image.naturalWidth }") > 0
         page.screenshot(SCREENSHOTS / f"help_{language}.png")

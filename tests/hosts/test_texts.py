@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from demo.comfy import PACK
-from scripts import locales
+from scripts import help_pictures, locales
 
 HELP = PACK / "web" / "docs"
 HAN = re.compile(r"[\u4e00-\u9fff]")
@@ -127,6 +127,20 @@ def test_both_languages_speak_of_the_same_inputs_and_papers(node_id: str) -> Non
     papers, numbers = ([sorted(re.findall(pattern, page)) for page in pages] for pattern in (r"\d{4}\.\d{5}", "\n## "))
     assert papers[0] == papers[1]
     assert numbers[0] == numbers[1]
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("node_id", node_ids())
+def test_each_help_page_shows_what_its_node_does(node_id: str, language: str) -> None:
+    """ComfyUI's page looks for pictures below the docs folder, whatever folder the text lies in."""
+    page = (HELP / node_id / f"{language}.md").read_text(encoding="utf-8")
+    shown = re.findall(r"!\[(.+?)\]\((.+?)\)", page)
+    if node_id.removeprefix(help_pictures.PREFIX) in help_pictures.WITHOUT:
+        assert shown == []
+        return
+    assert [path for _, path in shown] == [f"{node_id}/picture.webp"], "run scripts/help_pictures.py"
+    assert bool(HAN.search(shown[0][0])) == (language == "zh")
+    assert (HELP / shown[0][1]).stat().st_size <= help_pictures.MAX_BYTES
 
 
 def test_pages_link_to_nothing_that_is_not_there() -> None:
