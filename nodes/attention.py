@@ -16,6 +16,7 @@ from ..inversion_core.presets import PRESETS, Step
 from ..inversion_core.presets import Preset as PresetValue
 from ..inversion_core.reference import Reference as Value
 from .host import output_mask, single_reference
+from .newer import found_by, rarely_changed
 from .sockets import Preset, Reference
 from .widgets import share
 
@@ -29,6 +30,18 @@ class KVInjection(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ShapeAppearanceKVInjection",
+            **found_by(
+                "style transfer",
+                "appearance transfer",
+                "shape and appearance",
+                "composition",
+                "masactrl",
+                "cross-image attention",
+                "style aligned",
+                "visual style prompting",
+                "styleid",
+                "ctrl-x",
+            ),
             display_name="KV Injection",
             category="shape & appearance",
             description=(
@@ -103,6 +116,7 @@ class CustomPreset(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ShapeAppearanceCustomPreset",
+            **found_by("attention sharing", "kv sharing", "own method"),
             display_name="Custom Preset",
             category="shape & appearance",
             description="A method of your own for KV Injection, instead of a published one.",
@@ -140,6 +154,7 @@ class CustomPreset(io.ComfyNode):
                     min=1.0,
                     max=10.0,
                     step=0.01,
+                    **rarely_changed(),
                     tooltip="Sharpens what is read: 1.67 in Cross-Image Attention; above 2 it becomes noisy. 1 is off.",
                 ),
                 io.Float.Input(
@@ -148,6 +163,7 @@ class CustomPreset(io.ComfyNode):
                     min=0.1,
                     max=10.0,
                     step=0.01,
+                    **rarely_changed(),
                     tooltip="Multiplies the attention's logits: above 1 is sharper (StyleID: 1.5).",
                 ),
                 io.Float.Input(
@@ -156,17 +172,20 @@ class CustomPreset(io.ComfyNode):
                     min=-10.0,
                     max=10.0,
                     step=0.01,
+                    **rarely_changed(),
                     tooltip="With 'extend', how much more the reference counts: 0.69 doubles it (StyleAligned).",
                 ),
                 io.Boolean.Input(
                     "match_statistics",
                     default=False,
+                    **rarely_changed(),
                     tooltip="Matches queries and keys to the reference's statistics (StyleAligned).",
                 ),
                 io.Combo.Input(
                     "rows",
                     options=["all", "positive"],
                     default="all",
+                    **rarely_changed(),
                     tooltip="'positive' edits the positive prompt alone, so that cfg leads towards the edit.",
                 ),
                 io.Model.Input("model", optional=True, tooltip="Shows which of its blocks are chosen."),

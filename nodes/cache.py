@@ -6,6 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..inversion_core.hosts.comfy_references import load_cache, save_cache
 from .folders import CACHES
+from .newer import found_by
 
 
 class SaveReferenceCache(io.ComfyNode):
@@ -15,6 +16,7 @@ class SaveReferenceCache(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ShapeAppearanceSaveReferenceCache",
+            **found_by("bank", "keep references"),
             display_name="Save Reference Cache",
             category="shape & appearance",
             description=(
@@ -45,6 +47,7 @@ class LoadReferenceCache(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ShapeAppearanceLoadReferenceCache",
+            **found_by("bank", "keep references"),
             display_name="Load Reference Cache",
             category="shape & appearance",
             description="Reads a file that Save Reference Cache wrote, before sampling with the same model.",

@@ -14,6 +14,7 @@ from ..inversion_core.injection import Window
 from ..inversion_core.statistics import Method
 from .color_preview import preview_sheet
 from .host import output_mask, single_reference
+from .newer import found_by
 from .picture_mask import picture_mask
 from .sockets import Reference
 from .widgets import share
@@ -33,6 +34,7 @@ class AdaINColorMatch(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ShapeAppearanceAdaINColorMatch",
+            **found_by("color transfer", "colour transfer", "histogram matching", "color grading", "recolor"),
             display_name="AdaIN Color Match",
             category="shape & appearance",
             description="Gives an object, or a whole picture, the colours of another. Masks say which object.",
@@ -108,6 +110,7 @@ class AdaINColorGuidance(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ShapeAppearanceAdaINColorGuidance",
+            **found_by("color transfer", "colour guidance", "latent adain"),
             display_name="AdaIN Color Guidance",
             category="shape & appearance",
             description=(

@@ -16,6 +16,7 @@ from ..inversion_core.presets import DEFAULT
 from .attention import with_color
 from .features import PAIRS, matching_inputs, seeing
 from .host import output_mask, single_reference
+from .newer import found_by
 from .sockets import FeatureExtractor, Reference
 from .widgets import share
 
@@ -27,6 +28,7 @@ class CrossFeatureAttention(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ShapeAppearanceCrossFeatureAttention",
+            **found_by("correspondence attention", "dift", "semantic transfer"),
             display_name="Cross-Feature Attention",
             category="shape & appearance",
             description=(

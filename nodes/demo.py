@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 from .host import embedding_folders
+from .newer import found_by
 
 if TYPE_CHECKING:
     from ..demo.model import Network
@@ -19,6 +20,7 @@ class LoadDemoModel(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ShapeAppearanceLoadDemoModel",
+            **found_by("toy model", "checkpoint", "example model"),
             display_name="Load Demo Model",
             category="shape & appearance",
             description=(

@@ -9,6 +9,7 @@ from ..inversion_core.metrics import CompositionScore as Score
 from ..inversion_core.metrics import composition_score
 from .features import seeing
 from .host import single_image
+from .newer import found_by
 from .picture_mask import picture_mask
 from .sheet import table
 from .sockets import FeatureExtractor
@@ -21,6 +22,7 @@ class CompositionScore(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ShapeAppearanceCompositionScore",
+            **found_by("metric", "self-similarity", "splice", "benchmark"),
             display_name="Composition Score",
             category="shape & appearance",
             description=(

@@ -13,6 +13,7 @@ from .evaluation import CompositionScore
 from .features import LoadFeatureExtractor, PreviewCorrespondence, PreviewFeatures
 from .folders import register_folders
 from .inversion import AppearanceInversion, ApplyInversion, LoadInversion, SaveInversion, ShapeInversion
+from .newer import require_editable_attention
 from .noise import InvertReference
 from .reference import EncodeReference
 from .report import InjectionReport
@@ -23,6 +24,7 @@ class ShapeAppearanceExtension(ComfyExtension):
     """What ComfyUI asks for the nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        require_editable_attention()
         register_folders()
         return [
             LoadDemoModel,

@@ -14,6 +14,7 @@ from ..inversion_core.features import FeatureExtractor as Extractor
 from .feature_files import weights_file
 from .feature_preview import correspondence_sheet, features_sheet, warped
 from .host import single_image
+from .newer import found_by, rarely_changed
 from .picture_mask import picture_mask
 from .sockets import FeatureExtractor
 from .widgets import share
@@ -31,6 +32,7 @@ class LoadFeatureExtractor(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ShapeAppearanceLoadFeatureExtractor",
+            **found_by("dino", "dinov2", "dinov3", "vit", "backbone"),
             display_name="Load Feature Extractor",
             category="shape & appearance",
             description=(
@@ -94,6 +96,7 @@ def seeing() -> list[io.Input]:
             default=-1,
             min=-48,
             max=47,
+            **rarely_changed(),
             tooltip="Which block of the backbone; -1 is the last. Earlier ones see finer detail, later ones meaning.",
         ),
         io.Int.Input(
@@ -102,6 +105,7 @@ def seeing() -> list[io.Input]:
             min=0,
             max=2048,
             step=8,
+            **rarely_changed(),
             tooltip="Side of the square whose area pictures are resized to for the backbone; they keep their shape. "
             "0 is the backbone's own. Larger sees finer, and costs more.",
         ),
@@ -144,6 +148,7 @@ class PreviewFeatures(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ShapeAppearancePreviewFeatures",
+            **found_by("dino pca", "feature map"),
             display_name="Preview Features",
             category="shape & appearance",
             description=(
@@ -177,6 +182,7 @@ class PreviewCorrespondence(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ShapeAppearancePreviewCorrespondence",
+            **found_by("dino matching", "semantic matching", "dense correspondence"),
             display_name="Preview Correspondence",
             category="shape & appearance",
             description="Shows from where in the appearance picture each part of the shape picture would be read.",

@@ -13,6 +13,7 @@ from ..inversion_core.learning.plan import Plan
 from ..inversion_core.learning.recipes import APPEARANCE_OBJECTIVES, SPENDING, Quality, stages
 from .folders import INVERSIONS
 from .inversion_files import save
+from .newer import found_by, rarely_changed
 from .sockets import Inversion
 from .training import fitted, learned
 
@@ -31,13 +32,21 @@ def _common(name: str, class_word: str) -> list:
 
 def _advanced() -> list:
     return [
-        io.Int.Input("seed", default=0, min=0, max=2**53, tooltip="Of noise, variants and the offset's beginning."),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**53,
+            **rarely_changed(),
+            tooltip="Of noise, variants and the offset's beginning.",
+        ),
         io.Int.Input(
             "size",
             default=512,
             min=64,
             max=2048,
             step=64,
+            **rarely_changed(),
             tooltip="Larger pictures are reduced to this side. 512 suits SD1.x, 1024 SDXL; nothing is enlarged.",
         ),
     ]
@@ -45,7 +54,7 @@ def _advanced() -> list:
 
 def _outputs() -> list:
     return [
-        Inversion.Output(tooltip="For Apply Inversion and Save Inversion."),
+        Inversion.Output(display_name="inversion", tooltip="For Apply Inversion and Save Inversion."),
         io.Image.Output(display_name="loss plot", tooltip="The loss on fixed noise, step by step."),
         io.String.Output(display_name="report", tooltip="Steps, time and losses."),
     ]
@@ -58,6 +67,7 @@ class ShapeInversion(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ShapeAppearanceShapeInversion",
+            **found_by("textual inversion", "train", "learn concept", "break-a-scene"),
             display_name="Shape Inversion",
             category=CATEGORY,
             description=(
@@ -99,6 +109,7 @@ class AppearanceInversion(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ShapeAppearanceAppearanceInversion",
+            **found_by("textual inversion", "train", "learn style", "learn material"),
             display_name="Appearance Inversion",
             category=CATEGORY,
             description=(
@@ -171,6 +182,7 @@ class ApplyInversion(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ShapeAppearanceApplyInversion",
+            **found_by("textual inversion", "token", "embedding"),
             display_name="Apply Inversion",
             category=CATEGORY,
             description=(
@@ -216,6 +228,7 @@ class SaveInversion(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ShapeAppearanceSaveInversion",
+            **found_by("export embedding", "export lora"),
             display_name="Save Inversion",
             category=CATEGORY,
             description="Keeps what was learned, with its picture and settings, in models/inversions.",
@@ -247,12 +260,13 @@ class LoadInversion(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ShapeAppearanceLoadInversion",
+            **found_by("embedding", "token"),
             display_name="Load Inversion",
             category=CATEGORY,
             description="Reads what Save Inversion wrote, and shows the picture it was learned from.",
             inputs=[io.Combo.Input("inversion", options=INVERSIONS.names(), tooltip="A file of models/inversions.")],
             outputs=[
-                Inversion.Output(tooltip="For Apply Inversion."),
+                Inversion.Output(display_name="inversion", tooltip="For Apply Inversion."),
                 io.String.Output(display_name="about", tooltip="What it is and how it was learned."),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ..inversion_core.hosts.comfy_noise import invert
 from .host import single_reference
+from .newer import found_by, rarely_changed
 from .sockets import Reference
 
 
@@ -17,6 +18,7 @@ class InvertReference(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ShapeAppearanceInvertReference",
+            **found_by("ddim inversion", "ddpm inversion", "edit friendly"),
             display_name="Invert Reference",
             category="shape & appearance",
             description=(
@@ -44,6 +46,7 @@ class InvertReference(io.ComfyNode):
                     default=0,
                     min=0,
                     max=2**53,
+                    **rarely_changed(),
                     tooltip="Of the noise of 'edit-friendly'; 'ddim' has none.",
                 ),
                 io.Conditioning.Input(

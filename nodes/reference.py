@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .host import encode_reference
+from .newer import found_by, rarely_changed
 from .sockets import Reference
 from .widgets import share
 
@@ -16,6 +17,7 @@ class EncodeReference(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ShapeAppearanceEncodeReference",
+            **found_by("reference image", "style image", "structure image"),
             display_name="Encode Reference",
             category="shape & appearance",
             description="Prepares a picture, of any size, to give its shape or its appearance to what you generate.",
@@ -38,6 +40,7 @@ class EncodeReference(io.ComfyNode):
                     default=0,
                     min=0,
                     max=2**53,
+                    **rarely_changed(),
                     tooltip="Seed of the fixed noise the reference is mixed with at every step. Rarely worth changing.",
                 ),
                 io.Float.Input(

@@ -6,6 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..inversion_core.hosts.comfy_injection import last_report
 from .host import heat_picture
+from .newer import found_by
 
 
 class InjectionReport(io.ComfyNode):
@@ -15,6 +16,7 @@ class InjectionReport(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ShapeAppearanceInjectionReport",
+            **found_by("attention map", "debug injection"),
             display_name="Injection Report",
             category="shape & appearance",
             description=(

@@ -9,6 +9,7 @@ from ..inversion_core.hosts.comfy_structure import StructureGuidance, attach
 from ..inversion_core.injection import Window
 from .features import seeing
 from .host import single_image
+from .newer import found_by
 from .sockets import FeatureExtractor
 from .widgets import share
 
@@ -20,6 +21,7 @@ class SelfSimilarityGuidance(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ShapeAppearanceSelfSimilarityGuidance",
+            **found_by("splice", "structure guidance", "shape guidance"),
             display_name="Self-Similarity Guidance",
             category="shape & appearance",
             description=(

@@ -94,15 +94,15 @@ def test_a_workflow_with_a_node_that_nobody_has_would_be_noticed(page: ComfyPage
 @pytest.mark.parametrize(
     ("source", "output", "target", "given", "fits"),
     [
-        ("EncodeReference", "REFERENCE", "KVInjection", "appearance", True),
-        ("EncodeReference", "REFERENCE", "KVInjection", "shape", True),
-        ("EncodeReference", "REFERENCE", "KVInjection", "model", False),
-        ("EncodeReference", "REFERENCE", "KVInjection", "custom", False),
+        ("EncodeReference", "reference", "KVInjection", "appearance", True),
+        ("EncodeReference", "reference", "KVInjection", "shape", True),
+        ("EncodeReference", "reference", "KVInjection", "model", False),
+        ("EncodeReference", "reference", "KVInjection", "custom", False),
         ("CustomPreset", "preset", "KVInjection", "custom", True),
         ("CustomPreset", "preset", "KVInjection", "appearance", False),
-        ("LoadInversion", "INVERSION", "ApplyInversion", "inversion", True),
-        ("LoadInversion", "INVERSION", "KVInjection", "custom", False),
-        ("LoadFeatureExtractor", "FEATURES", "PreviewFeatures", "features", True),
+        ("LoadInversion", "inversion", "ApplyInversion", "inversion", True),
+        ("LoadInversion", "inversion", "KVInjection", "custom", False),
+        ("LoadFeatureExtractor", "features", "PreviewFeatures", "features", True),
         ("LoadDemoModel", "MODEL", "EncodeReference", "vae", False),
     ],
 )
