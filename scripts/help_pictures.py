@@ -245,6 +245,31 @@ def preview_correspondence(studio: Studio) -> Panels:
     return studio.run(saved(graph, "", ["node", 0]))
 
 
+def cross_feature(studio: Studio) -> Panels:
+    links = {"model": ["demo", 0], "appearance": ["look", 0], "shape": ["shape", 0]}
+    numbers = {
+        "strength": 1.0,
+        "share": 1.0,
+        "start_percent": 0.0,
+        "end_percent": 0.5,
+        "shape_strength": 1.0,
+        "color": 1.0,
+    }
+    choices = {"rest": "queries", "sites": "all", "temperature": 0.05, "top_k": 4, "balance": 0.0, "compare": "tokens"}
+    graph = features(studio, "CrossFeatureAttention", **links, **numbers, **choices, block=-1, size=0, refresh=0)
+    graph = sampled(sampled(graph, "without", ["demo", 0]), "with", ["node", 0])
+    return {"shape": studio.shape, "appearance": studio.appearance, **studio.run(graph)}
+
+
+def self_similarity(studio: Studio) -> Panels:
+    links = {"model": ["demo", 0], "shape": ["shape_file", 0], "vae": ["demo", 2]}
+    numbers = {"strength": 1.0, "start_percent": 0.0, "end_percent": 0.8, "repeats": 1, "appearance_weight": 0.0}
+    graph = features(studio, "SelfSimilarityGuidance", **links, **numbers, block=-1, size=0)
+    graph["positive"]["inputs"]["text"] = "a red dotted shape on sky"
+    graph = sampled(sampled(graph, "without", ["demo", 0]), "with", ["node", 0])
+    return {"shape": studio.shape, **studio.run(graph)}
+
+
 def composition_score(studio: Studio) -> Panels:
     graph = sampled({**studio.base(), "kv": injected()}, "result", ["kv", 0])
     links = {"result": ["result/decode", 0], "shape": ["shape_file", 0], "appearance": ["look_file", 0]}
@@ -267,6 +292,8 @@ DRAWINGS: dict[str, Drawing] = {
     "LoadInversion": apply_inversion,
     "LoadFeatureExtractor": preview_features,
     "PreviewFeatures": preview_features,
+    "CrossFeatureAttention": cross_feature,
+    "SelfSimilarityGuidance": self_similarity,
     "PreviewCorrespondence": preview_correspondence,
     "CompositionScore": composition_score,
 }

@@ -133,7 +133,8 @@ def test_the_client_runs(server: ComfyServer, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "2 of 2" in done.stdout
-    assert Image.open(tmp_path / "result.png").size == (128, 128)
+    with Image.open(tmp_path / "result.png") as result:
+        assert result.size == (128, 128)
 
 
 def test_the_client_says_why_a_workflow_is_refused(server: ComfyServer, tmp_path: Path) -> None:
