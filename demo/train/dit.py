@@ -44,7 +44,7 @@ class DitStage:
         batch = self.latents.draw(rng, step)
         count = len(batch.chosen)
         # As the demo's UNet, and not logit-normal as SD3: that trains little where almost all is noise, and there the
-        # shape is decided (docs/demo-model.md).
+        # outline should be decided (docs/demo-model.md).
         even = torch.from_numpy((np.arange(count) + 1 - rng.random()) / count)
         sigma = even.float().view(-1, 1, 1, 1).to(self.device)
         noisy = sigma * batch.noise + (1 - sigma) * batch.clean
