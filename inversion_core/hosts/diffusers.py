@@ -94,6 +94,11 @@ def attach(
     channels = unet.config["in_channels"]
     for reference in (one for injection in injections for one in injection.references):
         require_channels(reference, channels, type(pipe).__name__)
+    if any(injection.refresh is not None for injection in injections):
+        raise HostError(
+            "an injection asks for a refresh, but a UNet of diffusers does not say what clean picture it predicts: "
+            "leave refresh out"
+        )
     bank = ReferenceBank(device_budget=1 << 30, ram_budget=2 << 30) if bank is None else bank
     new = tuple(injection for injection in injections if not injection.neutral)
     host = _Host(pipe, unet, places, Session(new, [place.site for place in places]), bank, guided)

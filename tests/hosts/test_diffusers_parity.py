@@ -8,16 +8,20 @@ does is to be a hundred times that at least, else the comparison would show noth
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from inversion_core.correspondence import Correspondence, Matching
+from inversion_core.cross_feature import cross_feature
+from inversion_core.features import Features
 from inversion_core.hosts import comfy_unet, diffusers
 from inversion_core.hosts.base import HostError
 from inversion_core.hosts.diffusers_references import NoiseLevels
-from inversion_core.injection import Injection
+from inversion_core.injection import Injection, Refresh, Window
 from inversion_core.presets import PRESETS
 from inversion_core.reference import Reference
 
@@ -122,6 +126,34 @@ def test_every_preset_gives_the_same_picture(
     model: Subject, preset: str, masked: bool, timesteps: Sequence[int]
 ) -> None:
     model.require_parity(injections(preset, masked), timesteps)
+
+
+def by_features(share: float, **changes: Any) -> Injection:
+    """Cross-Feature Attention of random features on the masked pair."""
+    one = injections("default", True)[0]
+    (appearance,), shape = one.appearance, one.shape
+    assert shape is not None
+    looks = []
+    for grid, seed in (((7, 7), 21), ((5, 8), 22)):
+        tokens = random(1, grid[0] * grid[1], 12, seed=seed)
+        looks.append(Features(grid, tokens, tokens, tokens[:, None], None, None, None, str(seed)))
+    match = Correspondence(looks[0], looks[1], Matching(), shape.mask, appearance.mask)
+    return replace(cross_feature([appearance], shape, (match,), share=share, window=Window(0.0, 0.5)), **changes)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6])
+def test_reading_by_features_gives_the_same_picture(model: Subject, share: float) -> None:
+    model.require_parity((by_features(share),), STEPS)
+
+
+@pytest.mark.parametrize("model", ["sd15"], indirect=True)
+def test_diffusers_refuses_to_look_at_the_picture_anew(model: Subject) -> None:
+    refresh = Refresh(1, lambda _: pytest.fail("looked"))
+    with (
+        pytest.raises(HostError, match="leave refresh out"),
+        diffusers.attach(model.both.pipe, by_features(1.0, refresh=refresh)),
+    ):
+        pass
 
 
 def test_without_guidance_the_reference_sees_the_prompt(model: Subject) -> None:
