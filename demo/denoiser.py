@@ -25,6 +25,7 @@ class DemoLatent(comfy.latent_formats.LatentFormat):
 class DemoConfig(comfy.supported_models_base.BASE):
     """What ComfyUI's model base needs to know of the demo model."""
 
+    family_name = "the demo model"
     latent_format = DemoLatent
     memory_usage_factor = 0.2
     unet_extra_config: dict[str, Any] = {}  # noqa: RUF012 (ComfyUI's own layout)

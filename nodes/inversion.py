@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import get_args
 
 import torch
 from comfy_api.latest import io, ui
 
-from ..inversion_core.hosts.comfy_inversion import apply_inversion
+from ..inversion_core.hosts.comfy_inversion import apply_inversion, knows_word
 from ..inversion_core.learning.files import load_inversion
 from ..inversion_core.learning.plan import Plan
 from ..inversion_core.learning.recipes import APPEARANCE_OBJECTIVES, SPENDING, Quality, stages
+from ..inversion_core.learning.token import name_of
 from .folders import INVERSIONS
 from .inversion_files import save
 from .newer import found_by, rarely_changed
 from .sockets import Inversion
-from .training import fitted, learned
+from .training import fitted, learned, proposed
 
 CATEGORY = "shape & appearance/inversion"
+_TOKEN = "What stands for it in prompts, between < and >. A word the text encoder knows needs them here too: <chair>."
 _QUALITY = "How much is spent on a step: pictures at once, size of the token and of the offset."
 
 
 def _common(name: str, class_word: str) -> list:
     return [
-        io.String.Input("token", default=name, tooltip="What stands for it in prompts, between < and >."),
+        io.String.Input("token", default=name, tooltip=_TOKEN),
         io.String.Input("class_word", default=class_word, tooltip="What it is in plain words; learning begins there."),
         io.Int.Input("steps", default=300, min=1, max=100_000, tooltip="More learn closer, and may obey prompts less."),
         io.Combo.Input("quality", options=list(get_args(Quality)), default="balanced", tooltip=_QUALITY),
@@ -57,6 +60,7 @@ def _outputs() -> list:
         Inversion.Output(display_name="inversion", tooltip="For Apply Inversion and Save Inversion."),
         io.Image.Output(display_name="loss plot", tooltip="The loss on fixed noise, step by step."),
         io.String.Output(display_name="report", tooltip="Steps, time and losses."),
+        io.Mask.Output(display_name="mask", tooltip="What was learned from, inside it."),
     ]
 
 
@@ -72,14 +76,19 @@ class ShapeInversion(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Learns the shape of an object from one to five pictures, free of its colours and textures: a word for "
-                "prompts and a small change of cross-attention. The model itself is not changed."
+                "prompts and a small change of attention. The model itself is not changed."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="An SD1.x, SD2.x or SDXL model, or the demo model; LoRAs included."),
                 io.Clip.Input("clip", tooltip="The text encoder that belongs to it."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to it."),
                 io.Image.Input("images", tooltip="One to five pictures of the object."),
-                io.Mask.Input("mask", tooltip="Where the object is: one mask for all, or one for each picture."),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where the object is: one mask for all, or one for each picture. Without it, what stands "
+                    "out from the border is taken; look at the output.",
+                ),
                 *_common("my-shape", "shape"),
                 *_advanced(),
             ],
@@ -87,11 +96,13 @@ class ShapeInversion(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, vae, images, mask, token, class_word, steps, quality, seed, size) -> io.NodeOutput:
+    def execute(
+        cls, model, clip, vae, images, token, class_word, steps, quality, seed, size, mask=None
+    ) -> io.NodeOutput:
         spent = SPENDING[quality]
         plan = Plan(
             kind="shape",
-            name=token,
+            name=name_of(token, partial(knows_word, clip)),
             class_word=class_word,
             stages=stages("shape", steps, spent.batch),
             vectors=spent.vectors,
@@ -99,7 +110,11 @@ class ShapeInversion(io.ComfyNode):
             variants=spent.variants,
             seed=seed,
         )
-        return io.NodeOutput(*learned(model, clip, vae, *fitted(images, mask, size), plan))
+        pictures, masks = fitted(images, mask, size)
+        if mask is None:
+            masks = proposed(model, clip, vae, pictures, class_word)
+        found = learned(model, clip, vae, pictures, masks, plan)
+        return io.NodeOutput(*found, ui=ui.PreviewMask(found.mask))
 
 
 class AppearanceInversion(io.ComfyNode):
@@ -161,7 +176,7 @@ class AppearanceInversion(io.ComfyNode):
         spent = SPENDING[quality]
         plan = Plan(
             kind="appearance",
-            name=token,
+            name=name_of(token, partial(knows_word, clip)),
             class_word=class_word,
             stages=stages("appearance", steps, spent.batch, objective),
             vectors=spent.vectors,

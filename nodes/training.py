@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,16 +13,19 @@ import latent_preview
 import numpy as np
 import torch
 import torch.nn.functional as F
+from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
 from ..inversion_core.hosts.comfy_learning import fingerprint, learning_model
+from ..inversion_core.learning.cost import foreseen
 from ..inversion_core.learning.files import load_inversion, save_inversion
 from ..inversion_core.learning.inversion import Inversion
 from ..inversion_core.learning.learn import job_of, learn
 from ..inversion_core.learning.lesson import InversionLesson
 from ..inversion_core.learning.material import digest_of, prepare, require_pictures
 from ..inversion_core.learning.plan import Plan
+from ..inversion_core.learning.proposal import propose_masks
 from ..inversion_core.learning.trainer import History, Progress
 from .inversion_files import finished, unfinished
 from .loss_plot import loss_plot
@@ -33,15 +37,17 @@ cells as a UNet halves evenly."""
 
 
 class Learned(NamedTuple):
-    """A node's three outputs."""
+    """A node's four outputs."""
 
     inversion: Inversion
     plot: Tensor
     report: str
+    mask: Tensor
 
 
 def fitted(images: Tensor, mask: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
-    """Pictures (B, H, W, 3) at most `size` on a side, cut at the centre to even sides, and their masks (B, H, W)."""
+    """Pictures (B, H, W, 3) at most `size` on a side, cut at the centre to even sides, and their masks (B, H, W);
+    without a mask, everywhere."""
     pictures = images[..., :3].float().cpu()
     masks = torch.ones(pictures.shape[:3])
     if mask is not None:
@@ -58,6 +64,13 @@ def fitted(images: Tensor, mask: Tensor | None, size: int) -> tuple[Tensor, Tens
     top, left = ((side - kept) // 2 for side, kept in zip(sides, cut, strict=True))
     both = both[:, :, top : top + cut[0], left : left + cut[1]].permute(0, 2, 3, 1).clamp(0, 1)
     return both[..., :3].contiguous(), both[..., 3].contiguous()
+
+
+def proposed(model: Any, clip: Any, vae: Any, pictures: Tensor, class_word: str) -> Tensor:
+    """Masks (B, H, W) for pictures that came without: see `propose_masks`."""
+    latents = model.model.process_latent_in(vae.encode(pictures)).clone()
+    with learning_model(model, clip, latents.shape) as opened:
+        return propose_masks(opened, latents, class_word, (pictures.shape[1], pictures.shape[2])).cpu()
 
 
 def learned(model: Any, clip: Any, vae: Any, pictures: Tensor, masks: Tensor, plan: Plan) -> Learned:
@@ -78,7 +91,7 @@ def learned(model: Any, clip: Any, vae: Any, pictures: Tensor, masks: Tensor, pl
     total = sum(stage.steps for stage in plan.stages)
     plot = loss_plot(evaluations, total, f"<{plan.name}>, loss on fixed noise")
     pixels = torch.from_numpy(np.asarray(plot, dtype=np.float32) / 255)[None]
-    return Learned(inversion, pixels, f"{plan.kind} <{plan.name}> for {inversion.family}: {note}")
+    return Learned(inversion, pixels, f"{plan.kind} <{plan.name}> for {inversion.family}: {note}", masks)
 
 
 def _learn(
@@ -105,7 +118,19 @@ def _learn(
 
     batch = max(stage.batch for stage in plan.stages)
     with learning_model(model, clip, [batch, *material.latents.shape[1:]]) as opened:
+        _say(foreseen(opened, material, plan).text())
         return learn(opened, material, plan, micro_batch=batch, checkpoint=unfinished(job), job=job, progress=step)
+
+
+def _say(text: str) -> None:
+    """On the node and in the log."""
+    logging.info("Shape & Appearance: %s", text)
+    context = get_executing_context()
+    if context is not None:
+        # No node has a context but on a server, and only there this import works.
+        from server import PromptServer  # pyright: ignore[reportMissingImports]
+
+        PromptServer.instance.send_progress_text(text, context.node_id)
 
 
 def _look(model: Any, plan: Plan, total: int) -> Callable[[Progress, InversionLesson], Image.Image]:

@@ -24,16 +24,18 @@ from ..learning.inversion import Inversion
 from .base import HostError
 
 FAMILIES = {"SD15": "SD1.x", "SD20": "SD2.x", "SDXL": "SDXL"}
-"""ComfyUI's model configs -> what people call them; any other goes by its own name."""
+"""ComfyUI's model configs -> what people call them."""
 
 Vectors = Mapping[str, Tensor]
 """Text encoder ("clip_l", "clip_g", ...) -> (n, C)."""
 
 
 def family_of(model: comfy.model_patcher.ModelPatcher) -> str:
-    """The model's family, as inversions name it."""
-    config = type(model.model.model_config).__name__
-    return FAMILIES.get(config, config)
+    """The model's family, as inversions name it: what its config calls itself (`family_name`, which ComfyUI's own have
+    not), else what people call it, else the config's class."""
+    config = model.model.model_config
+    name = type(config).__name__
+    return getattr(config, "family_name", None) or FAMILIES.get(name, name)
 
 
 def apply_inversion(
@@ -102,6 +104,15 @@ def text_tokenizers(clip: comfy.sd.CLIP) -> dict[str, SDTokenizer]:
             f"tokens cannot be placed in the prompts of a {type(clip.tokenizer).__name__}: use a CLIP-type text encoder"
         )
     return found
+
+
+def knows_word(clip: comfy.sd.CLIP, word: str) -> bool:
+    """Whether a word is one token of a text encoder's vocabulary."""
+    for tokenizer in text_tokenizers(clip).values():
+        ids = tokenizer.tokenizer(word)["input_ids"][tokenizer.tokens_start :]
+        if len(ids) - bool(tokenizer.tokenizer_adds_end_token) == 1:
+            return True
+    return False
 
 
 class _Placing:

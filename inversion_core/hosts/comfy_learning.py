@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import comfy.model_management
@@ -19,8 +19,9 @@ import comfy.model_sampling
 import comfy.sd
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock, attention_pytorch
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..learning.model import Attention, Conditioning, Prediction, Schedule
 from .base import HostError
@@ -55,7 +56,9 @@ def learning_model(
         for module in (model.model, clip.cond_stage_model):
             stack.enter_context(_frozen_for_autograd(module))
         stack.enter_context(_kept_from_inplace(clip.cond_stage_model))
-        yield ComfyLearningModel(model, clip, (latent_shape[-2], latent_shape[-1]))
+        opened = ComfyLearningModel(model, clip, (latent_shape[-2], latent_shape[-1]))
+        stack.enter_context(_checkpointed(model.model.diffusion_model, opened))
+        yield opened
 
 
 def fingerprint(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP) -> str:
@@ -94,6 +97,7 @@ class ComfyLearningModel:
         self._latent_size = latent_size
         self.family = family_of(model)
         self.prediction: Prediction = _prediction(self._base.model_sampling)
+        self.checkpointing: Callable[[], AbstractContextManager[None]] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -289,6 +293,31 @@ def _alias(parameter: nn.Parameter) -> nn.Parameter:
     alias = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
     alias.set_(parameter.untyped_storage(), parameter.storage_offset(), parameter.size(), parameter.stride())
     return nn.Parameter(alias, requires_grad=False)
+
+
+@contextmanager
+def _checkpointed(unet: nn.Module, opened: ComfyLearningModel) -> Iterator[None]:
+    """While inside, the UNet's blocks keep only their inputs whenever the opened model says so."""
+    blocks = [block for block in unet.modules() if isinstance(block, (BasicTransformerBlock, ResBlock))]
+
+    def sparing(plain: Callable) -> Callable:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            again = opened.checkpointing
+            if again is None:
+                return plain(*args, **kwargs)
+            options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+            return checkpoint(plain, *args, context_fn=lambda: (nullcontext(), again()), **options, **kwargs)
+
+        return forward
+
+    try:
+        for block in blocks:
+            # An attribute of the instance, which hides the class's method until it is deleted.
+            block.forward = sparing(block.forward)
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "pink": (0.97, 0.48, 0.74),
 }
 """Words every text encoder knows, so that the prompt can say what was painted and the token need not."""
-TEXTURES = ("plain", "striped", "dotted", "checkered")
+TEXTURES = ("plain", "striped", "dotted", "checkered", "ringed", "shaded")
 
 
 class Variant(NamedTuple):
@@ -42,7 +42,7 @@ def with_new_surface(picture: Tensor, mask: Tensor, rng: np.random.Generator) ->
     Of the object's own light and dark a random share, at most half, is kept: none of it in half of the variants, so
     that texture cannot be learned, some in the others, so that inner forms can.
     """
-    theta = _similarity(rng, scale=(0.85, 1.15), shift=0.08, angle=0.25)
+    theta = _similarity(rng, scale=(0.93, 1.07), shift=0.03, angle=0.1)
     picture, mask = _moved(picture, theta, "reflection"), _moved(mask, theta, "zeros")
     paint, words = _paint(rng, picture.shape[1:])
     if rng.random() < 0.5:
@@ -71,7 +71,8 @@ def _paint(rng: np.random.Generator, size: torch.Size) -> tuple[Tensor, str]:
     second = tone + (1 - tone) * rng.uniform(0.5, 0.65) if rng.random() < 0.5 else tone * rng.uniform(0.35, 0.5)
     y, x = _places(size)
     angle, period = rng.uniform(0, math.pi), rng.uniform(0.14, 0.3)
-    u = (x * math.cos(angle) + y * math.sin(angle)) / period + rng.random()
+    phase = rng.random()
+    u = (x * math.cos(angle) + y * math.sin(angle)) / period + phase
     v = (y * math.cos(angle) - x * math.sin(angle)) / period + rng.random()
     wave_u, wave_v = torch.sin(2 * math.pi * u), torch.sin(2 * math.pi * v)
     level = {
@@ -79,6 +80,8 @@ def _paint(rng: np.random.Generator, size: torch.Size) -> tuple[Tensor, str]:
         "striped": wave_u,
         "checkered": wave_u * wave_v,
         "dotted": wave_u + wave_v - 0.6,
+        "ringed": torch.sin(2 * math.pi * (torch.hypot(x - 0.5, y - 0.5) / period + phase)),
+        "shaded": (u - u.mean()) * period / 4,
     }[texture]
     share = torch.sigmoid(level * 12)
     return tone[:, None, None] + (second - tone)[:, None, None] * share, f"{colour} {texture}"

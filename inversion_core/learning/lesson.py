@@ -62,10 +62,17 @@ class InversionLesson:
         """Keeps the token's length sane."""
         self.token.keep_sane()
 
+    def save_memory(self) -> bool:
+        """Switch the model to checkpointing; False if it was already."""
+        if self.model.checkpointing is not None:
+            return False
+        self.model.checkpointing = lambda: self.offset.applied(self._layers)
+        return True
+
     def losses(self, stage: Stage, step: int, rows: Sequence[int]) -> dict[str, Tensor]:
         """Every objective of the stage, weighted, for these rows of this step."""
         seed = (0, self.plan.stages.index(stage), step)
-        return self._losses(stage, self._rows(seed, rows, stage.batch))
+        return self._losses(stage, self._rows(stage, seed, rows, stage.batch))
 
     @torch.no_grad()
     def evaluate(self, stage: Stage) -> float:
@@ -73,7 +80,7 @@ class InversionLesson:
         total, at_once = 0.0, min(4, stage.batch)
         for first in range(0, EVALUATION_ROWS, at_once):
             rows = range(first, min(first + at_once, EVALUATION_ROWS))
-            losses = self._losses(stage, self._rows((1,), rows, EVALUATION_ROWS))
+            losses = self._losses(stage, self._rows(stage, (1,), rows, EVALUATION_ROWS))
             total += float(torch.stack([loss.sum() for loss in losses.values()]).sum())
         return total / EVALUATION_ROWS
 
@@ -93,10 +100,11 @@ class InversionLesson:
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
-    def _rows(self, stream: tuple[int, ...], rows: Sequence[int], batch: int) -> _Rows:
+    def _rows(self, stage: Stage, stream: tuple[int, ...], rows: Sequence[int], batch: int) -> _Rows:
         """Rows of a step, drawn from its own stream. Levels are spread evenly, so that the loss varies little."""
         seed = [self.plan.seed, *stream]
         shift = np.random.default_rng(seed).random()
+        low, high = stage.levels
         chosen, noises, levels, prompts = [], [], [], []
         for row in rows:
             rng = np.random.default_rng([*seed, 1, row])
@@ -105,7 +113,7 @@ class InversionLesson:
             prompts.append(str(rng.choice(self.material.prompts[which])))
             generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
             noises.append(torch.randn(self._latents.shape[1:], generator=generator))
-            levels.append((row + shift) / batch)
+            levels.append(low + (high - low) * (row + shift) / batch)
         clean = self._latents[chosen]
         level = torch.tensor(levels, device=clean.device, dtype=torch.float32)
         return _Rows(clean, self._masks[chosen], torch.stack(noises).to(clean), level, prompts)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -63,6 +64,9 @@ class LearningModel(Protocol):
     family: str
     """Name of the model family: an inversion fits no other."""
     prediction: Prediction
+    checkpointing: Callable[[], AbstractContextManager[None]] | None
+    """Unless None, a pass keeps only the blocks' inputs and computes the rest again for the gradients, within what this
+    returns (whoever hooks layers must hook them then, too): less memory, more work, the same results. None at first."""
 
     @property
     def device(self) -> torch.device:

@@ -52,7 +52,7 @@ class Sites:
         return chosen
 
 
-SHAPE_SITES = Sites(("cross",))
+SHAPE_SITES = Sites(("self", "cross"))
 APPEARANCE_SITES = Sites(("self",))
 
 

@@ -12,7 +12,9 @@ from .trainer import Stage
 Quality = Literal["fast", "balanced", "thorough"]
 
 TOKEN_RATE = 1e-2
-OFFSET_RATE = 2e-3
+OFFSET_RATE: dict[Kind, float] = {"shape": 8e-3, "appearance": 3e-3}
+SHAPE_LEVELS = 0.3, 1.0
+"""An outline is decided while there is much noise; what happens below is the model's own texture, best left alone."""
 APPEARANCE_OBJECTIVES: dict[str, dict[str, float]] = {
     "attention": {"diffusion": 1.0, "attention_distillation": 1.0},
     "moments": {"diffusion": 1.0, "moments": 0.1},
@@ -32,14 +34,15 @@ class Spending:
 
 
 SPENDING: dict[Quality, Spending] = {
-    "fast": Spending(batch=4, rank=4, vectors=1, variants=48),
-    "balanced": Spending(batch=8, rank=8, vectors=2, variants=96),
-    "thorough": Spending(batch=16, rank=16, vectors=4, variants=192),
+    "fast": Spending(batch=2, rank=8, vectors=1, variants=48),
+    "balanced": Spending(batch=4, rank=16, vectors=2, variants=96),
+    "thorough": Spending(batch=8, rank=32, vectors=4, variants=192),
 }
 
 
 def stages(kind: Kind, steps: int, batch: int, objective: str = "attention") -> tuple[Stage, ...]:
-    """The token alone for the first fifth, so that it says all a word can; then token and offset together.
+    """For a shape token and offset together: no word says a new outline. For an appearance the token alone first, for a
+    tenth of the steps, so that it says what a word can.
 
     Args:
         objective: for an appearance, one of `APPEARANCE_OBJECTIVES`.
@@ -49,8 +52,10 @@ def stages(kind: Kind, steps: int, batch: int, objective: str = "attention") -> 
     if objective not in APPEARANCE_OBJECTIVES:
         raise LearningError(f"unknown objective {objective!r}: known are {', '.join(APPEARANCE_OBJECTIVES)}")
     wanted = {"diffusion": 1.0, "attention_on_mask": 0.01} if kind == "shape" else APPEARANCE_OBJECTIVES[objective]
-    first = steps // 5
-    both = Stage("token and offset", steps - first, {"token": TOKEN_RATE / 2, "offset": OFFSET_RATE}, wanted, batch)
+    levels = SHAPE_LEVELS if kind == "shape" else (0.0, 1.0)
+    first = steps // 10 if kind == "appearance" else 0
+    rates = {"token": TOKEN_RATE / 2, "offset": OFFSET_RATE[kind]}
+    both = Stage("token and offset", steps - first, rates, wanted, batch, levels=levels)
     if first == 0:
         return (both,)
     return (Stage("token", first, {"token": TOKEN_RATE}, wanted, batch), both)

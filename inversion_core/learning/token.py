@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,31 @@ def require_name(name: str) -> str:
         raise LearningError(
             f"the token name {name!r} cannot be used in prompts: take letters, digits, '-' and '_' only, "
             "such as my-chair, without the brackets"
+        )
+    return name
+
+
+def name_of(text: str, known: Callable[[str], bool]) -> str:
+    """The name that a user wrote with its brackets or without.
+
+    In brackets any name will do, as `<chair>` is no word of any prompt. Without them a word that the text encoder knows
+    is refused: whoever writes it so will write it so in prompts, too, and there it means what it always did.
+
+    Args:
+        text: such as "<chair>" or "my-chair".
+        known: whether a word is one token of a text encoder's vocabulary.
+
+    Raises:
+        LearningError: it is such a word, or cannot be a name at all.
+    """
+    bare = text.strip()
+    if bare.startswith("<") and bare.endswith(">"):
+        return require_name(bare[1:-1])
+    name = require_name(bare)
+    if known(name):
+        raise LearningError(
+            f"the token {name!r} is a word that the text encoder knows: write <{name}>, here and in prompts, "
+            f"or take another name, such as my-{name}"
         )
     return name
 

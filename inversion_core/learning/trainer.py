@@ -43,6 +43,7 @@ class Stage:
         objectives: name -> weight, for the lesson.
         batch: rows a step.
         average: decay of the moving average that is kept as the result.
+        levels: lowest and highest noise level of what is learned from, in [0, 1]; see `LearningModel.schedule`.
     """
 
     name: str
@@ -51,11 +52,17 @@ class Stage:
     objectives: Mapping[str, float] = field(default_factory=dict)
     batch: int = 4
     average: float = 0.98
+    levels: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1:
             raise LearningError(
                 f"stage {self.name!r} has {self.steps} steps of {self.batch} rows, but needs at least one of one"
+            )
+        if not 0 <= self.levels[0] < self.levels[1] <= 1:
+            raise LearningError(
+                f"stage {self.name!r} learns at noise levels {self.levels[0]} to {self.levels[1]}, but they must rise "
+                "within 0 to 1"
             )
         if not any(rate > 0 for rate in self.rates.values()):
             raise LearningError(f"stage {self.name!r} learns nothing: give one of its groups a learning rate")
@@ -79,6 +86,10 @@ class Lesson(Protocol):
 
     def after_step(self) -> None:
         """Called after each step of the optimiser."""
+        ...
+
+    def save_memory(self) -> bool:
+        """Memory ran out on a single row: do with less from now on. False: nothing can be saved any more."""
         ...
 
 
@@ -127,7 +138,8 @@ def train(
     """Run the stages one after another; afterwards the lesson's modules hold the averaged weights of the last.
 
     Args:
-        micro_batch: rows that go through the model at once; halved whenever memory runs out.
+        micro_batch: rows that go through the model at once; halved whenever memory runs out, down to one row, after
+            which the lesson is asked to save memory.
         checkpoint: where the state is kept while learning; resumed from if it is there, removed at the end.
         job: what identifies pictures, settings and model: a checkpoint of another job is refused.
         save_every_s: seconds between two checkpoints.
@@ -252,12 +264,12 @@ class _Run:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                if micro == 1:
+                if micro == 1 and not self.lesson.save_memory():
                     raise LearningError(
                         "memory ran out with one row at a time: take smaller pictures, or free memory"
                     ) from error
             # Outside the except clause, so that the failed pass's tensors are gone.
-            self.history.micro_batch = micro // 2
+            self.history.micro_batch = max(1, micro // 2)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from demo import world
 from demo.client import ComfyClient, ExecutionFailed, ExecutionInterrupted, Progress
 from demo.server import ComfyServer
 from inversion_core.learning.recipes import SPENDING
@@ -114,6 +115,18 @@ def test_learn_save_and_use_by_our_nodes_and_by_stock_ones(client: ComfyClient, 
     assert difference(plain, ours) > 0
 
 
+def test_without_a_mask_one_is_proposed_and_shown(client: ComfyClient) -> None:
+    graph = learning(client, token="<star>")
+    del graph["learn"]["inputs"]["mask"]
+    graph["shown"] = node("MaskToImage", mask=["learn", 3])
+    graph["save"] = node("SaveImage", images=["shown", 0], filename_prefix="mask")
+    outputs = client.run(graph)
+    assert outputs["learn"]["images"]
+    found = np.asarray(client.fetch_images(outputs, "save")[0].convert("L")) > 127
+    truth = world.render(world.sample(3)).mask > 0.5
+    assert (found & truth).sum() / (found | truth).sum() > 0.6
+
+
 def test_an_appearance_is_learned_beside_a_frozen_shape(client: ComfyClient) -> None:
     graph = learning(client, token="form")
     graph["look"] = learning(client, kind="Appearance", token="look", shape=["learn", 0])["learn"]
@@ -173,6 +186,7 @@ def test_bad_input_is_refused_with_the_way_out(client: ComfyClient) -> None:
     empty["mask"]["inputs"]["value"] = 0.0
     assert "empty" in failure(client, empty, "learn")
     assert "cannot be used in prompts" in failure(client, learning(client, token="a thing"), "learn")
+    assert "write <star>" in failure(client, learning(client, token="star"), "learn")
     assert "gives no token" in failure(client, learning(client, class_word=""), "learn")
     twice = saving(learning(client, token="twice"), "twice")
     client.run(twice)

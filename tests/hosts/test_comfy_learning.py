@@ -24,7 +24,7 @@ from demo.model import DemoModel, load_demo_model
 from demo.text import WIDTH, clip_target
 from demo.train.data import reset
 from inversion_core.hosts.base import HostError
-from inversion_core.hosts.comfy_inversion import apply_inversion, with_tokens
+from inversion_core.hosts.comfy_inversion import apply_inversion, knows_word, with_tokens
 from inversion_core.hosts.comfy_learning import ComfyLearningModel, fingerprint, learning_model
 from inversion_core.learning import objectives
 from inversion_core.learning.files import embedding, lora
@@ -126,6 +126,7 @@ def unchanged(*modules: nn.Module) -> Iterator[None]:
         assert {name: value.requires_grad for name, value in after.items()} == flag
         assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
         assert not [one for one in module.modules() if one._forward_hooks or one._forward_pre_hooks]
+        assert not [one for one in module.modules() if "forward" in vars(one)]
 
 
 def some_inversion(model: Patcher, clip: Any, family: str = "", **changes: Any) -> Inversion:
@@ -184,12 +185,42 @@ def test_gradients_reach_token_and_offset_on_every_family(model: Any, clip: Any)
             material = random_material(plan)
             with learning_model(patcher, text, LATENT) as opened:
                 lesson = InversionLesson(opened, material, plan)
-                losses = lesson.losses(plan.stages[1], 0, range(2))
+                losses = lesson.losses(plan.stages[-1], 0, range(2))
                 torch.stack([loss.sum() for loss in losses.values()]).sum().backward()
             gradients = [vectors.grad for vectors in lesson.token.vectors.values()]
             gradients += [up.grad for up, _ in lesson.offset.weights().values()]
             assert len(gradients) > 4
             assert all(one is not None and bool(torch.isfinite(one).all()) and bool(one.any()) for one in gradients)
+
+
+@MODELS
+def test_checkpointing_gives_the_same_gradients_and_keeps_less(model: Any, clip: Any) -> None:
+    patcher, text = model(), clip()
+    found = []
+    with unchanged(patcher.model, text.cond_stage_model):
+        for saving in (False, True):
+            plan = replace(APPEARANCE, stages=stages("appearance", 20, 2))
+            material, kept = random_material(plan), set()
+
+            def keep(tensor: Tensor, kept: set = kept) -> Tensor:
+                kept.add((tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()))
+                return tensor
+
+            with learning_model(patcher, text, LATENT) as opened:
+                lesson = InversionLesson(opened, material, plan)
+                with torch.no_grad():
+                    for up, _ in lesson.offset.weights().values():
+                        up.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
+                assert not saving or lesson.save_memory()
+                with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                    losses = lesson.losses(plan.stages[-1], 0, range(2))
+                torch.stack([loss.sum() for loss in losses.values()]).sum().backward()
+                assert not saving or not lesson.save_memory()
+                gradients = [one.grad for module in lesson.groups.values() for one in module.parameters()]
+            found.append((gradients, sum(size for _, size in kept)))
+    for plain, sparing in zip(found[0][0], found[1][0], strict=True):
+        torch.testing.assert_close(plain, sparing, rtol=1e-3, atol=1e-6)
+    assert found[1][1] < 0.6 * found[0][1]
 
 
 def test_a_gradient_is_the_slope_of_the_loss() -> None:
@@ -330,6 +361,13 @@ def test_words_are_rows_of_the_table(model: Any, clip: Any) -> None:
         assert all(bool((table == row).all(1).any()) for row in value)
 
 
+@pytest.mark.parametrize("make", [demo_clip, sdxl_clip])
+def test_a_known_word_is_one_token(make: Any) -> None:
+    clip = make()
+    assert knows_word(clip, "star")
+    assert not knows_word(clip, "my-star")
+
+
 def test_the_fingerprint_is_of_the_weights_whether_loaded_or_not() -> None:
     model, clip = demo_patcher(), demo_clip()
     first = fingerprint(model, clip)
@@ -453,7 +491,7 @@ def test_strength_zero_is_the_class_word_on_the_untouched_model() -> None:
 def test_what_does_not_fit_is_refused_by_name() -> None:
     model, clip = demo_patcher(), demo_clip()
     inversion = some_inversion(model, clip)
-    with pytest.raises(LearningError, match=r"<x> was learned for DemoConfig, but this model is SD1\.x"):
+    with pytest.raises(LearningError, match=r"<x> was learned for the demo model, but this model is SD1\.x"):
         apply_inversion(sd15_patcher(), clip, inversion)
     with pytest.raises(HostError, match=r"only \d+ of them"):
         apply_inversion(sd15_patcher(), clip, replace(inversion, family="SD1.x"))

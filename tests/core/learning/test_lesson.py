@@ -50,13 +50,13 @@ def test_the_loss_on_fixed_noise_falls_and_the_model_stays(plan: Plan, predictio
     assert not found.token["toy"].requires_grad
 
 
-def test_a_shape_goes_to_cross_attention_and_an_appearance_to_self_attention_unless_told() -> None:
+def test_a_shape_goes_to_all_attention_and_an_appearance_to_self_attention_unless_told() -> None:
     model = ToyModel()
 
     def layers(plan: Plan) -> set[str]:
         return set(InversionLesson(model, material(plan), plan).offset.names)
 
-    assert layers(SHAPE) == {"block.attn2.to_k", "block.attn2.to_v"}
+    assert layers(SHAPE) == {f"block.{name}.{part}" for name in ("attn1", "attn2") for part in ("to_k", "to_v")}
     assert layers(APPEARANCE) == {"block.attn1.to_k", "block.attn1.to_v"}
     assert layers(replace(SHAPE, sites=Sites(("self",), ("to_q",)))) == {"block.attn1.to_q"}
 
@@ -90,8 +90,8 @@ def test_weights_multiply_and_rows_do_not_depend_on_their_company() -> None:
 
 
 def test_stages_and_steps_see_other_noise() -> None:
-    lesson = InversionLesson(ToyModel(), material(SHAPE), SHAPE)
-    seen = [lesson.losses(stage, step, [0])["diffusion"] for stage in SHAPE.stages for step in (0, 1)]
+    lesson = InversionLesson(ToyModel(), material(APPEARANCE), APPEARANCE)
+    seen = [lesson.losses(stage, step, [0])["diffusion"] for stage in APPEARANCE.stages for step in (0, 1)]
     assert torch.cat(seen).unique().numel() == 4
 
 

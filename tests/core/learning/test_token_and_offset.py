@@ -6,7 +6,7 @@ from torch import nn
 
 from inversion_core.learning.model import LearningError
 from inversion_core.learning.offset import Offset, Sites, recorded
-from inversion_core.learning.token import NORM_LIMIT, Token
+from inversion_core.learning.token import NORM_LIMIT, Token, name_of
 
 from .toy import WIDTH, WORD, ToyModel
 
@@ -42,6 +42,21 @@ def test_vectors_that_grow_too_long_are_shortened_and_no_others() -> None:
 def test_names_that_cannot_stand_in_a_prompt_are_refused(name: str) -> None:
     with pytest.raises(LearningError, match="cannot be used in prompts"):
         Token(name, {"e": torch.ones(1, 2)}, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("my-chair", "my-chair"), ("<chair>", "chair"), (" <my-chair> ", "my-chair")]
+)
+def test_a_name_may_be_written_with_its_brackets(text: str, name: str) -> None:
+    assert name_of(text, {"chair"}.__contains__) == name
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("chair", "write <chair>"), ("<a b>", "cannot be used"), ("<<a>>", "cannot")]
+)
+def test_a_common_word_needs_its_brackets(text: str, message: str) -> None:
+    with pytest.raises(LearningError, match=message):
+        name_of(text, {"chair"}.__contains__)
 
 
 def test_no_words_no_vectors() -> None:

@@ -1,6 +1,10 @@
 """The loop: resuming, stopping, running out of memory, going wrong."""
 
 import math
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -34,6 +38,9 @@ class Line(nn.Module):
 
     def after_step(self) -> None:
         pass
+
+    def save_memory(self) -> bool:
+        return False
 
     def _row(self, seed: int) -> Tensor:
         x, noise = torch.randn(2, 2, 1, generator=torch.Generator().manual_seed(seed))
@@ -182,6 +189,20 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_only_rounding(message:
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
 
+def test_with_no_memory_for_one_row_the_lesson_is_asked_to_save_some() -> None:
+    class Saving(Hungry):
+        def save_memory(self) -> bool:
+            before, self.rows = self.rows, 1
+            return before == 0
+
+    saving = Saving(0)
+    found, history = trained(lesson=saving)
+    assert history.micro_batch == 1
+    assert saving.asked[:4] == [4, 2, 1, 1]
+    for name, value in trained()[0].items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_no_memory_for_one_row_is_an_error_that_says_so() -> None:
     with pytest.raises(LearningError, match="one row at a time"):
         trained(lesson=Hungry(0))
@@ -256,3 +277,32 @@ def test_the_result_is_an_average_over_the_last_steps() -> None:
 def test_a_line_is_a_lesson() -> None:
     lesson: Lesson = Line()
     assert set(lesson.groups) == {"slope", "shift"}
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = [{root!r}, {here!r}]
+from inversion_core.learning.trainer import train
+from test_trainer import STAGES, Line, at
+
+train(
+    Line(), STAGES, micro_batch=4, checkpoint=Path({checkpoint!r}), job="a", save_every_s=0.0,
+    progress=at({step}, lambda: os.kill(os.getpid(), signal.SIGKILL)),
+)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no such signal")
+@pytest.mark.parametrize("step", [8, 21])
+def test_after_kill_9_the_end_is_that_of_a_run_that_was_not_killed(step: int, tmp_path: Path) -> None:
+    here, checkpoint = Path(__file__).resolve().parent, tmp_path / "state.safetensors"
+    script = _KILLED.format(root=str(here.parents[2]), here=str(here), checkpoint=str(checkpoint), step=step)
+    environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    seen: list[int] = []
+    again, _ = trained(checkpoint=checkpoint, job="a", progress=lambda news: seen.append(news.done))
+    assert seen[0] == step
+    assert same(trained()[0], again)
+    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """A tiny model that learning can be tried on, and pictures for it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ class ToyModel(nn.Module):
     """A `LearningModel` with one self- and one cross-attention; every prompt has `LENGTH` places."""
 
     family = "toy"
+    checkpointing: Callable[[], AbstractContextManager[None]] | None = None
 
     def __init__(self, prediction: Prediction = "eps") -> None:
         super().__init__()

@@ -1,0 +1,192 @@
+"""Ours, its ablations, and what others do with one picture, all on the pack's own loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from demo import world
+from demo.model import DemoModel, load_demo_model
+from inversion_core.hosts.comfy_inversion import apply_inversion
+from inversion_core.hosts.comfy_learning import learning_model
+from inversion_core.learning.inversion import Inversion, Kind
+from inversion_core.learning.learn import learn
+from inversion_core.learning.lesson import InversionLesson
+from inversion_core.learning.material import Material, prepare
+from inversion_core.learning.model import LearningModel
+from inversion_core.learning.offset import Sites
+from inversion_core.learning.plan import Plan
+from inversion_core.learning.recipes import APPEARANCE_OBJECTIVES, OFFSET_RATE, SPENDING, TOKEN_RATE, stages
+from inversion_core.learning.trainer import Stage, train
+
+from .concepts import TOKENS, Concept
+
+CLASS_WORD: dict[Kind, str] = {"shape": "shape", "appearance": "textured"}
+RARE_WORD = "sks"
+"""DreamBooth's: a string of letters that means nothing to the model."""
+FULL_RATE = 1e-4
+EVERYWHERE = Sites(("self", "cross"), ("to_q", "to_k", "to_v"))
+TEMPLATES: dict[Kind, tuple[str, ...]] = {"shape": ("a {token}",), "appearance": ("a {token} shape",)}
+"""Prompts of methods that see the picture itself and are told nothing about it."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a method made: the model to sample with, the inversion if it is one, and what it cost."""
+
+    demo: DemoModel
+    inversion: Inversion | None
+    steps: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to learn from one picture.
+
+    Attributes:
+        plan: kind and steps -> what is learned and how.
+        augmented: whether it sees the plan's variants, or only the picture itself, all of it, with `TEMPLATES`.
+        whole: all weights of the denoiser are learned besides the token; the plan's offset is not.
+    """
+
+    plan: Callable[[Kind, int], Plan]
+    augmented: bool = True
+    whole: bool = False
+
+
+def ours(kind: Kind, steps: int) -> Plan:
+    """What the nodes do by default."""
+    spent = SPENDING["balanced"]
+    return Plan(
+        kind=kind,
+        name=TOKENS[kind],
+        class_word=CLASS_WORD[kind],
+        stages=stages(kind, steps, spent.batch),
+        vectors=spent.vectors,
+        rank=spent.rank,
+        variants=spent.variants,
+    )
+
+
+def _objectives(wanted: Mapping[str, float]) -> Callable[[Kind, int], Plan]:
+    """Ours with other objectives."""
+
+    def plan(kind: Kind, steps: int) -> Plan:
+        found = ours(kind, steps)
+        return replace(found, stages=tuple(replace(stage, objectives=wanted) for stage in found.stages))
+
+    return plan
+
+
+def _sites(kinds: tuple, projections: tuple[str, ...] = ("to_k", "to_v")) -> Callable[[Kind, int], Plan]:
+    return lambda kind, steps: replace(ours(kind, steps), sites=Sites(kinds, projections))
+
+
+def _only(group: str, rate: float) -> Callable[[Kind, int], Plan]:
+    """Ours with the token or the offset alone."""
+
+    def plan(kind: Kind, steps: int) -> Plan:
+        found = ours(kind, steps)
+        return replace(found, stages=(replace(found.stages[-1], name=group, steps=steps, rates={group: rate}),))
+
+    return plan
+
+
+def _textual_inversion(kind: Kind, steps: int) -> Plan:
+    """Gal et al., arXiv 2208.01618: the token, by the plain diffusion loss."""
+    found = ours(kind, steps)
+    stage = Stage("token", steps, {"token": TOKEN_RATE}, {"diffusion": 1.0}, found.stages[0].batch)
+    return replace(found, stages=(stage,))
+
+
+def _dreambooth_lora(kind: Kind, steps: int) -> Plan:
+    """Ruiz et al., arXiv 2208.12242, with a LoRA: a rare word that stays as it is, all attention learns."""
+    found = ours(kind, steps)
+    stage = Stage("offset", steps, {"offset": OFFSET_RATE["appearance"]}, {"diffusion": 1.0}, found.stages[0].batch)
+    return replace(found, class_word=RARE_WORD, stages=(stage,), sites=EVERYWHERE)
+
+
+def _whole(kind: Kind, steps: int) -> Plan:
+    found = ours(kind, steps)
+    rates = {"token": TOKEN_RATE / 2, "whole": FULL_RATE}
+    return replace(found, stages=(replace(found.stages[-1], name="whole", steps=steps, rates=rates),))
+
+
+METHODS: dict[str, Method] = {
+    "ours": Method(ours),
+    "textual inversion": Method(_textual_inversion, augmented=False),
+    "dreambooth lora": Method(_dreambooth_lora, augmented=False),
+    "full fine-tune": Method(_whole, whole=True),
+    "ours, token alone": Method(_only("token", TOKEN_RATE)),
+    "ours, offset alone": Method(_only("offset", OFFSET_RATE["appearance"])),
+    "ours, picture not varied": Method(ours, augmented=False),
+    "ours, offset on self-attention": Method(_sites(("self",))),
+    "ours, offset on cross-attention": Method(_sites(("cross",))),
+    "ours, offset on both": Method(_sites(("self", "cross"))),
+    "ours, diffusion loss alone": Method(_objectives({"diffusion": 1.0})),
+    "ours, min-SNR": Method(_objectives({"min_snr": 1.0})),
+    "ours, moments": Method(_objectives(APPEARANCE_OBJECTIVES["moments"])),
+    "ours, attention distillation": Method(_objectives(APPEARANCE_OBJECTIVES["attention"])),
+    "ours, attention distillation alone": Method(_objectives({"attention_distillation": 1.0})),
+}
+
+
+def learned(method: Method, concept: Concept, steps: int, demo: DemoModel) -> Learned:
+    """Learn the concept from its one picture; the demo model that is handed in stays as it is."""
+    plan = method.plan(concept.kind, steps)
+    if method.whole:
+        demo = load_demo_model()
+    material = _material(method, plan, concept, demo)
+    batch = plan.stages[0].batch
+    with learning_model(demo.model, demo.clip, [batch, *material.latents.shape[1:]]) as opened:
+        if method.whole:
+            lesson = _WholeLesson(opened, material, plan, demo.model.model.diffusion_model)
+            history = train(lesson, plan.stages, micro_batch=batch)
+            # In place of an offset the model itself has changed.
+            inversion = replace(lesson.inversion({}), offset={})
+        else:
+            inversion, history = learn(opened, material, plan, micro_batch=batch)
+    model, clip = apply_inversion(demo.model, demo.clip, inversion)
+    done = len(next(iter(history.losses.values())))
+    return Learned(DemoModel(model, clip, demo.vae), None if method.whole else inversion, done)
+
+
+def _material(method: Method, plan: Plan, concept: Concept, demo: DemoModel) -> Material:
+    def encode(pictures: Tensor) -> Tensor:
+        return demo.model.model.process_latent_in(demo.vae.encode(pictures))
+
+    rendered = world.render(concept.factors)
+    picture, mask = torch.from_numpy(rendered.image)[None], torch.from_numpy(rendered.mask)[None]
+    if method.augmented:
+        return prepare(encode, picture, mask, plan)
+    found = prepare(encode, picture, mask, replace(plan, variants=1))
+    prompts = tuple(template.format(token=f"<{plan.name}>") for template in TEMPLATES[plan.kind])
+    return replace(found, latents=found.reference, masks=torch.ones_like(found.reference_masks), prompts=(prompts,))
+
+
+class _WholeLesson(InversionLesson):
+    """The token and every weight of the denoiser."""
+
+    def __init__(self, model: LearningModel, material: Material, plan: Plan, denoiser: nn.Module) -> None:
+        super().__init__(model, material, plan)
+        self._denoiser = denoiser
+
+    @property
+    def groups(self) -> Mapping[str, nn.Module]:
+        """What is learned."""
+        return {**super().groups, "whole": self._denoiser}
+
+
+def chosen(names: Sequence[str]) -> dict[str, Method]:
+    """Methods by name.
+
+    Raises:
+        SystemExit: there is no such method.
+    """
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise SystemExit(f"--methods: there is no {', '.join(unknown)}; there are {', '.join(METHODS)}")
+    return {name: METHODS[name] for name in names}

@@ -1,0 +1,37 @@
+"""The figures of ``benchmarks.inversion`` as the tables of docs/inversion.md, each between its two marks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+COLUMNS = {
+    "shape": ("shape_present", "prompt_obeyed", "colour", "texture", "background", "seconds_per_step", "steps"),
+    "appearance": ("appearance", "shape_obeyed", "colour", "texture", "background", "seconds_per_step", "steps"),
+    "both": ("appearance", "shape_obeyed", "colour", "texture", "background"),
+}
+
+
+def tables(figures: dict[str, Any]) -> dict[str, str]:
+    """Kind -> Markdown."""
+    return {kind: _table(kind, figures[kind]) for kind in COLUMNS if kind in figures}
+
+
+def write_tables(figures: dict[str, Any], page: Path) -> None:
+    """Put every table there are figures for in its place; the rest of the page stays."""
+    text = page.read_text(encoding="utf-8")
+    for kind, table in tables(figures).items():
+        start, end = f"<!-- {kind} -->\n", f"<!-- end of {kind} -->"
+        before, rest = text.split(start)
+        _, after = rest.split(end)
+        text = f"{before}{start}{table}\n{end}{after}"
+    page.write_text(text, encoding="utf-8")
+
+
+def _table(kind: str, methods: dict[str, dict[str, float]]) -> str:
+    head = [kind, *COLUMNS[kind]]
+    body = [
+        [name, *(f"{row[key]:.0f}" if key == "steps" else f"{row[key]:.2f}" for key in COLUMNS[kind])]
+        for name, row in methods.items()
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body))

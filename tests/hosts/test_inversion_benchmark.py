@@ -1,0 +1,86 @@
+"""The benchmark of inversions: its truth, its scale, and that it goes on where it stopped."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.appearance_loss import probe
+from benchmarks.inversion import methods
+from benchmarks.inversion.__main__ import Bench
+from benchmarks.inversion.concepts import concepts, together
+from benchmarks.inversion.measures import appearance_figures, shape_figures
+from benchmarks.inversion.tables import tables
+from demo import world
+from demo.judge import Judge
+
+
+def test_truth_scores_as_truth_and_another_appearance_does_not() -> None:
+    judge = Judge.load()
+    (concept,) = concepts("appearance", 1, tuning=True)
+    wanted = concept.wanted(8)
+    truth = torch.from_numpy(np.stack([world.render(one.truth).image for one in wanted]))
+    found = appearance_figures(truth, wanted, judge)
+    assert found["appearance"] > 0.95
+    assert found["shape_obeyed"] == found["texture"] == 1
+    drawn = map(world.sample, range(100))
+    other = next(one for one in drawn if one.appearance.colour != concept.factors.appearance.colour)
+    changed = [world.compose(one.truth, other, one.truth) for one in wanted]
+    pictures = torch.from_numpy(np.stack([world.render(one).image for one in changed]))
+    assert appearance_figures(pictures, wanted, judge)["appearance"] < 0.6
+    assert appearance_figures(torch.full_like(truth, 0.5), wanted, judge)["appearance"] < 0.6
+
+
+def test_a_shape_is_present_or_not() -> None:
+    judge = Judge.load()
+    (concept,) = concepts("shape", 1, tuning=True)
+    wanted = concept.wanted(8)
+    truth = torch.from_numpy(np.stack([world.render(one.truth).image for one in wanted]))
+    assert shape_figures(truth, wanted, judge)["shape_present"] == 1
+    assert shape_figures(truth.flip(0), wanted, judge)["prompt_obeyed"] < 0.5
+
+
+def test_prompts_say_something_else_about_all_but_the_concept() -> None:
+    for kind in ("shape", "appearance"):
+        for concept in concepts(kind, 8, tuning=False):
+            own = concept.factors
+            assert (own.shape in world.WITHHELD_SHAPES) == (kind == "shape")
+            assert (own.appearance.texture in world.WITHHELD_TEXTURES) == (kind == "appearance")
+            for one in concept.wanted(6):
+                assert (one.truth.shape == own.shape) == (kind == "shape")
+                assert (one.truth.appearance == own.appearance) == (kind == "appearance")
+                assert not any(word in one.prompt for word in (*world.WITHHELD_SHAPES, *world.WITHHELD_TEXTURES))
+    shape, look = concepts("shape", 1, False)[0], concepts("appearance", 1, False)[0]
+    assert together(shape, look, 1)[0].prompt.startswith("a <look> <form> on ")
+
+
+def test_every_kind_of_method_runs_and_what_is_kept_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.inference_mode():
+        bench = Bench(steps=2, prompts=1, tuning=True)
+        bench.folder = tmp_path
+        before = bench.demo.model.model.diffusion_model.state_dict()["out.2.weight"].clone()
+        names = "ours, textual inversion, dreambooth lora, full fine-tune"
+        kinds = ["shape", "appearance", "both"]
+        figures = bench.run(kinds, names, 1)
+        assert torch.equal(bench.demo.model.model.diffusion_model.state_dict()["out.2.weight"], before)
+        monkeypatch.setattr(methods, "learned", None)
+        assert bench.run(kinds, names, 1) == figures
+    assert set(figures["shape"]) == set(map(str.strip, names.split(",")))
+    assert {"shape_present", "prompt_obeyed", "seconds_per_step", "steps"} <= figures["shape"]["ours"].keys()
+    assert {"appearance", "shape_obeyed"} <= figures["both"]["ours"].keys()
+    assert figures["appearance"]["ours"]["steps"] == 2
+    assert "| full fine-tune |" in tables(figures)["shape"]
+    assert bench.sheet(kinds, 1).size == (128 * 3, 128 * 3)
+
+
+def test_a_probe_finds_what_is_linear_and_nothing_where_there_is_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.arange(40).repeat_interleave(4)
+    x = torch.randn(160, 6, generator=generator)
+    y = x @ torch.randn(6, 3, generator=generator)
+    held = torch.arange(8)
+    assert probe(x, y, groups, held) > 0.99
+    assert abs(probe(x, torch.randn(160, 3, generator=generator), groups, held)) < 0.1
