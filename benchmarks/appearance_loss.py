@@ -339,7 +339,7 @@ def plot(curves: dict[str, list[float]]) -> Image.Image:
             fill=colour,
             width=2,
         )
-        draw.text((width // 2 - 40, margin + 14 * index), name, fill=colour)
+        draw.text((width // 2 - 40, height // 2 + 14 * index), name, fill=colour)
     return image
 
 
