@@ -74,8 +74,8 @@ def test_every_workflow_opens_from_the_template_browser(page: ComfyPage, path: P
     page.page.get_by_test_id(f"template-workflow-{path.stem}").click()
     wanted = [node["type"] for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]]
     page.wait_for(f"app.graph._nodes.length === {len(wanted)}")
-    page.dialog.wait_for(state="detached")
     assert page.red() == []
+    page.dialog.wait_for(state="detached")
     assert page.alerts.all_inner_texts() == []
     assert sorted(page.kinds()) == sorted(wanted)
 
