@@ -214,9 +214,10 @@ UNET_ONLY = {name for name, preset in PRESETS.items() if not any(step.blocks for
 
 DIT_PAGE: dict[str, Method] = {
     "prompt only": BASELINES["prompt only"],
-    **{name: ATTENTION[name] for name in (*PRESETS, "cross-feature") if name not in UNET_ONLY},
+    "default": ATTENTION["default"],
     "default - colour": OURS["default - colour"],
-    "colour guidance alone": OURS["colour guidance alone"],
+    "masactrl": ATTENTION["masactrl"],
+    "style-aligned": ATTENTION["style-aligned"],
 }
 
 GROUPS: dict[str, dict[str, Method]] = {

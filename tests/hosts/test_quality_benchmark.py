@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from benchmarks.quality import methods
-from benchmarks.quality.__main__ import with_gain
-from benchmarks.quality.methods import DIT_PAGE, UNET_ONLY, Studio
+from benchmarks.quality.__main__ import _methods, with_gain
+from benchmarks.quality.methods import ATTENTION, DIT_PAGE, OURS, UNET_ONLY, Studio
 from benchmarks.quality.pairs import pairs
 from demo.model import load_demo_model
 
@@ -15,11 +15,13 @@ def studio() -> Studio:
     return Studio(load_demo_model(network="DiT"))
 
 
-def test_every_method_of_the_transformers_page_runs_there(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_method_runs_on_the_transformer(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "STEPS", 6)
     (pair,) = pairs(1, tuning=True)
     plain = DIT_PAGE["prompt only"](studio, pair)
-    for name, method in DIT_PAGE.items():
+    for name, method in {**DIT_PAGE, **ATTENTION, "colour guidance alone": OURS["colour guidance alone"]}.items():
+        if name in UNET_ONLY:
+            continue
         made = method(studio, pair)
         assert made.picture.shape == (128, 128, 3)
         assert bool(torch.isfinite(made.picture).all())
@@ -29,7 +31,7 @@ def test_every_method_of_the_transformers_page_runs_there(studio: Studio, monkey
 
 
 def test_presets_without_a_form_on_transformers_are_left_out(studio: Studio) -> None:
-    assert not UNET_ONLY & set(DIT_PAGE)
+    assert _methods("attention", "UNet").keys() - _methods("attention", "DiT").keys() == UNET_ONLY
     (pair,) = pairs(1, tuning=True)
     for name in UNET_ONLY:
         with pytest.raises(ValueError, match=name):
