@@ -22,7 +22,7 @@ from tqdm import tqdm
 from . import world
 from .client import ComfyClient, ExecutionFailed, ExecutionInterrupted, Progress, PromptRefused, ServerGone
 from .comfy import PACK, ComfyUI, ComfyUINotFound, find_comfyui
-from .graph import Graph, GraphError, load_graph, node_titled, with_checkpoint, with_inputs, without_mask
+from .graph import Graph, GraphError, load_graph, node_titled, with_checkpoint, with_inputs, with_picture, without_mask
 from .scoring import score_composition
 from .server import ComfyServer, PortInUse, ServerFailed
 from .sheet import contact_sheet
@@ -177,7 +177,7 @@ def run(client: ComfyClient, graph: Graph, job: Job) -> Image.Image:
         ("Shape image", "shape.png", job.shape),
         ("Appearance image", "appearance.png", job.appearance),
     ):
-        graph = with_inputs(graph, title, image=client.upload_image(picture, name))
+        graph = with_picture(graph, title, client.upload_image(picture, name))
     with ProgressBar(graph) as bar:
         outputs = client.run(graph, bar.show)
     (result,) = client.fetch_images(outputs, node_titled(graph, "Result"))

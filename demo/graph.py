@@ -8,7 +8,7 @@ from typing import Any
 Graph = dict[str, dict[str, Any]]
 """Node id -> {"class_type", "inputs", "_meta": {"title"}}; an input is a value or a link [node id, output index]."""
 
-_MASK_OUTPUT = 1  # of LoadImage
+_MASK_OUTPUT = 1  # of LoadImage, and of Demo Picture
 
 
 class GraphError(Exception):
@@ -46,8 +46,20 @@ def with_inputs(graph: Graph, title: str, **inputs: Any) -> Graph:
     return edited
 
 
+def with_picture(graph: Graph, title: str, name: str) -> Graph:
+    """Puts LoadImage with this picture of the input folder where the picture with this title is; links stay.
+
+    Demo Picture and LoadImage both give IMAGE and MASK, in this order.
+    """
+    edited = copy.deepcopy(graph)
+    node = edited[node_titled(graph, title)]
+    node["class_type"] = "LoadImage"
+    node["inputs"] = {"image": name}
+    return edited
+
+
 def without_mask(graph: Graph, title: str) -> Graph:
-    """Cuts the mask links that come from the LoadImage node with this title.
+    """Cuts the mask links that come from the picture with this title.
 
     For a picture without alpha LoadImage yields an empty mask, which would mean "no object", not "the whole picture".
     What works inside a mask only goes with it.

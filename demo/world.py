@@ -31,6 +31,7 @@ __all__ = [
     "Factors",
     "Pose",
     "Rendered",
+    "background",
     "compose",
     "demo_pair",
     "mask",
@@ -131,8 +132,13 @@ def sample(
     *,
     shapes: tuple[str, ...] = TRAINED_SHAPES,
     textures: tuple[str, ...] = TRAINED_TEXTURES,
+    colour: str | None = None,
+    background: str | None = None,
 ) -> Factors:
-    """Draw the factors of one picture. The same seed and vocabulary always give the same picture."""
+    """Draw the factors of one picture. The same seed and vocabulary always give the same picture.
+
+    `colour` and `background` replace what was drawn; all else stays what it is without them.
+    """
     rng = np.random.default_rng(seed)
     radius = rng.uniform(0.31, 0.42)
     room = 0.5 - radius * 1.05
@@ -145,14 +151,20 @@ def sample(
     return Factors(
         shape=str(rng.choice(shapes)),
         pose=pose,
-        appearance=_sample_appearance(rng, textures),
-        background=str(rng.choice(list(BACKGROUNDS))),
+        appearance=_sample_appearance(rng, textures, colour),
+        background=_choice(rng, tuple(BACKGROUNDS), background),
         background_shift=_triple(rng.uniform(-0.02, 0.02, 3)),
     )
 
 
-def _sample_appearance(rng: np.random.Generator, textures: tuple[str, ...]) -> Appearance:
-    colour = str(rng.choice(list(COLOURS)))
+def _choice(rng: np.random.Generator, names: tuple[str, ...], wanted: str | None) -> str:
+    """One of the names, or the wanted one; the generator goes on alike."""
+    drawn = str(rng.choice(names))
+    return drawn if wanted is None else wanted
+
+
+def _sample_appearance(rng: np.random.Generator, textures: tuple[str, ...], wanted: str | None) -> Appearance:
+    colour = _choice(rng, tuple(COLOURS), wanted)
     texture = str(rng.choice(textures))
     tone = np.clip(np.array(COLOURS[colour]) + rng.uniform(-0.04, 0.04, 3), 0, 1)
     # The second tone keeps the hue, so that a texture never changes the colour's name.
@@ -212,10 +224,19 @@ def render(factors: Factors, size: int = SIZE) -> Rendered:
     x, y = _pixel_centres(size)
     coverage = mask(factors, size)
     foreground = _paint(factors.appearance, x - factors.pose.x, y - factors.pose.y, 1.0 / size)
-    top, bottom = (np.array(end, dtype=np.float32) for end in BACKGROUNDS[factors.background])
-    background = top + (bottom - top) * y[..., None] + np.array(factors.background_shift, dtype=np.float32)
-    image = background * (1 - coverage[..., None]) + foreground * coverage[..., None]
+    image = _backdrop(factors, y) * (1 - coverage[..., None]) + foreground * coverage[..., None]
     return Rendered(np.clip(image, 0, 1).astype(np.float32), coverage)
+
+
+def background(factors: Factors, size: int = SIZE) -> np.ndarray:
+    """The picture without its object: (size, size, 3) in [0, 1]."""
+    image = np.broadcast_to(_backdrop(factors, _pixel_centres(size)[1]), (size, size, 3))
+    return np.clip(image, 0, 1).astype(np.float32)
+
+
+def _backdrop(factors: Factors, y: np.ndarray) -> np.ndarray:
+    top, bottom = (np.array(end, dtype=np.float32) for end in BACKGROUNDS[factors.background])
+    return top + (bottom - top) * y[..., None] + np.array(factors.background_shift, dtype=np.float32)
 
 
 def mask(factors: Factors, size: int = SIZE) -> np.ndarray:

@@ -8,7 +8,7 @@ from .attention import CustomPreset, KVInjection
 from .cache import LoadReferenceCache, SaveReferenceCache
 from .color import AdaINColorGuidance, AdaINColorMatch
 from .cross_feature import CrossFeatureAttention
-from .demo import LoadDemoModel
+from .demo import DemoPicture, LoadDemoModel
 from .evaluation import CompositionScore
 from .features import LoadFeatureExtractor, PreviewCorrespondence, PreviewFeatures
 from .folders import register_folders
@@ -28,6 +28,7 @@ class ShapeAppearanceExtension(ComfyExtension):
         register_folders()
         return [
             LoadDemoModel,
+            DemoPicture,
             EncodeReference,
             InvertReference,
             KVInjection,

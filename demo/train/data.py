@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ TRAINING_SEED = 1_000_000
 """Training pictures have seeds from here on; every benchmark uses seeds below."""
 
 
-def pictures(seeds: Iterable[int], **vocabulary: tuple[str, ...]) -> tuple[Tensor, list[world.Factors]]:
+def pictures(seeds: Iterable[int], **vocabulary: Any) -> tuple[Tensor, list[world.Factors]]:
     """Render the pictures of these seeds: (B, 3, 128, 128) in [-1, 1], with their factors."""
     factors = [world.sample(seed, **vocabulary) for seed in seeds]
     images = np.stack([world.render(f).image for f in factors])

@@ -10,7 +10,7 @@ from skimage.color import rgb2lab
 from demo import world
 from demo.client import ComfyClient, ExecutionFailed, Progress
 from demo.comfy import PACK
-from demo.graph import Graph, load_graph, node_titled, with_inputs
+from demo.graph import Graph, load_graph, node_titled, with_inputs, with_picture
 
 WORKFLOW = PACK / "workflows" / "api" / "color_match.json"
 
@@ -30,7 +30,7 @@ def graph(client: ComfyClient) -> Graph:
     a, b = world.demo_pair()
     ready = load_graph(WORKFLOW)
     for title, factors in (("Image", a), ("Reference image", b)):
-        ready = with_inputs(ready, title, image=client.upload_image(picture(factors), f"{title}.png"))
+        ready = with_picture(ready, title, client.upload_image(picture(factors), f"{title}.png"))
     return ready
 
 
@@ -89,7 +89,7 @@ def test_a_picture_without_alpha_gives_an_empty_mask_which_is_refused(
 ) -> None:
     plain = client.upload_image(picture(world.demo_pair()[0], masked=False), "plain.png")
     with pytest.raises(ExecutionFailed, match=rf"{name} \(64x64\) is empty: paint"):
-        client.run(with_inputs(graph, title, image=plain))
+        client.run(with_picture(graph, title, plain))
 
 
 def guided(client: ComfyClient, **inputs: Any) -> Graph:

@@ -12,7 +12,7 @@ from PIL import Image
 from demo import compose
 from demo.client import ComfyClient, Progress
 from demo.comfy import find_comfyui
-from demo.graph import Graph, load_graph, node_titled, with_inputs
+from demo.graph import Graph, load_graph, node_titled, with_inputs, with_picture
 
 from .graphs import difference
 
@@ -33,7 +33,7 @@ def graph(client: ComfyClient, job: compose.Job) -> Graph:
     ready = compose.edit(load_graph(compose.WORKFLOW), compose.parse([]), job, find_comfyui())
     for title, picture in (("Shape image", job.shape), ("Appearance image", job.appearance)):
         name = client.upload_image(picture, f"{title.split()[0].lower()}.png")
-        ready = with_inputs(ready, title, image=name)
+        ready = with_picture(ready, title, name)
     return ready
 
 
