@@ -278,8 +278,20 @@ def composition_score(studio: Studio) -> Panels:
     return {"": studio.run(saved({**graph, **score}, "", ["node", 1]))[""]}
 
 
+def demo_picture(studio: Studio) -> Panels:
+    """By the words chosen: shape, colour, texture, background."""
+    graph: Graph = {}
+    for seed, words in enumerate((("heart", "purple", "plain", "sky"), ("fish", "green", "dotted", "snow")), 1):
+        chosen = dict(zip(("shape", "color", "texture", "background"), words, strict=True))
+        graph[f"picture {seed}"] = own("DemoPicture", **chosen, seed=seed, size=128)
+        graph = saved(graph, ", ".join(words), [f"picture {seed}", 0])
+    graph["as picture"] = node("MaskToImage", mask=["picture 2", 1])
+    return studio.run(saved(graph, "its mask", ["as picture", 0]))
+
+
 DRAWINGS: dict[str, Drawing] = {
     "LoadDemoModel": load_demo_model,
+    "DemoPicture": demo_picture,
     "EncodeReference": encode_reference,
     "InvertReference": invert_reference,
     "KVInjection": kv_injection,

@@ -54,8 +54,8 @@ SUBGRAPHS = {
 
 
 def names() -> list[str]:
-    """Every workflow, by the name of its API form."""
-    return sorted(path.stem for path in APIS.glob("*.json"))
+    """Every workflow that has a note for artists, and so a page; others are for programs alone."""
+    return sorted(path.stem for path in NOTES.glob("*.md"))
 
 
 def made(name: str, definitions: dict[str, Any]) -> str:
