@@ -10,7 +10,7 @@ import pytest
 
 from demo import compose
 from demo.comfy import PACK
-from demo.graph import load_graph, with_inputs
+from demo.graph import load_graph, with_inputs, with_picture
 
 from ..comfyui.graphs import injected, node, rendered
 from .page import SCREENSHOTS, ComfyPage
@@ -26,8 +26,8 @@ def demo_workflow(page: ComfyPage) -> dict[str, Any]:
     job = compose.plan(compose.parse([]))
     graph = with_inputs(load_graph(compose.WORKFLOW), "Prompt", text=job.prompt)
     graph = with_inputs(graph, "KSampler", steps=4)
-    graph = with_inputs(graph, "Shape image", image=page.upload(job.shape, "shape.png"))
-    return with_inputs(graph, "Appearance image", image=page.upload(job.appearance, "appearance.png"))
+    graph = with_picture(graph, "Shape image", page.upload(job.shape, "shape.png"))
+    return with_picture(graph, "Appearance image", page.upload(job.appearance, "appearance.png"))
 
 
 def learning(page: ComfyPage, steps: int) -> dict[str, Any]:
