@@ -28,7 +28,7 @@ FLAGS = (
 )
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def browser_path() -> str:
     """Where Chromium is. Without one the tests are skipped, and on CI they fail."""
     found = find_browser()
@@ -39,15 +39,15 @@ def browser_path() -> str:
     pytest.skip(f"THE PAGE WAS NOT TESTED: {NO_BROWSER}")
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def page_server(browser_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     log = tmp_path_factory.mktemp("browser") / "server.log"
     with ComfyServer(free_port(), log=log, arguments=["--preview-method", "latent2rgb"]) as running:
         yield running
 
 
-# Not for the whole session: while Playwright is open, this thread has a running event loop, and no other may start.
-@pytest.fixture(scope="package")
+# Not for longer than its module: while Playwright is open, this thread has a running event loop that no other may join.
+@pytest.fixture(scope="module")
 def opened(browser_path: str, page_server: ComfyServer) -> Iterator[ComfyPage]:
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     for old in SCREENSHOTS.glob("*.png"):

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 from playwright.sync_api import Locator, Page
+from playwright.sync_api import TimeoutError as WaitedTooLong
 
 from demo.comfy import PACK
 
@@ -49,6 +50,8 @@ class ComfyPage:
         """An empty canvas, with no dialog and no panel open."""
         for _ in range(2):
             self.page.keyboard.press("Escape")
+        for layer in (self.dialog, self.page.locator(".p-dialog-mask")):  # while one fades, it takes the mouse
+            layer.first.wait_for(state="detached")
         self.evaluate("() => { app.graph.clear(); app.canvas.ds.reset(); app.canvas.deselectAll() }")
         self.evaluate("() => app.extensionManager.toast.removeAll()")
         if self.panel.is_visible():
@@ -60,6 +63,18 @@ class ComfyPage:
         self.evaluate("graph => app.loadApiJson(graph, 'test')", dict(graph))
         self.wait_for(f"app.graph._nodes.length === {len(graph)}")
         self.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+
+    def open_search(self, x: int, y: int) -> None:
+        """The search for nodes, by a double click on the canvas: again if a page that has just come did not listen."""
+        typing = "document.activeElement.tagName === 'INPUT'"
+        for _ in range(WAIT_SECONDS // 5):
+            self.page.mouse.dblclick(x, y)
+            try:
+                self.page.wait_for_function(typing, timeout=5000)
+                return
+            except WaitedTooLong:
+                continue
+        raise AssertionError(f"no search opened within {WAIT_SECONDS} s")
 
     def run(self) -> None:
         self.page.get_by_test_id("queue-button").click()

@@ -45,10 +45,9 @@ def learning(page: ComfyPage, steps: int) -> dict[str, Any]:
 
 def test_nodes_are_found_by_their_words_and_added(page: ComfyPage) -> None:
     """By a double click on the canvas, as most people do it."""
-    page.page.mouse.dblclick(700, 450)
+    page.open_search(700, 450)
     page.page.keyboard.type("kv inj", delay=20)
-    page.page.get_by_text("shape & appearance", exact=True).first.wait_for()
-    page.page.keyboard.press("Enter")
+    page.page.get_by_role("option").filter(has_text="KV Injection").first.click()
     page.wait_for("app.graph._nodes.length === 1")
     assert page.kinds() == ["ShapeAppearanceKVInjection"]
 
