@@ -28,18 +28,17 @@ UNGUIDED = 1e-6
 
 def measure(count: int, repeats: tuple[int, ...], tuning: bool) -> dict[str, Any]:
     """Figures of each way, and its mean loss at each noise level."""
-    from demo.judge import Judge
     from demo.model import load_demo_model
     from inversion_core.hosts.comfy_structure import StructureGuidance, attach, last_losses
     from inversion_core.injection import Window
     from inversion_core.metrics import self_similarity_distance
 
-    from .quality.measures import interval
+    from .quality.measures import Judges, interval
     from .quality.measures import measure as judged
     from .quality.methods import Studio, neutral
     from .quality.pairs import Pair, pairs
 
-    studio, judge = Studio(load_demo_model()), Judge.load()
+    studio, judges = Studio(load_demo_model()), Judges.load()
     rows: dict[str, list[dict[str, float]]] = {}
     losses: dict[str, list[list[tuple[float, float]]]] = {}
 
@@ -55,7 +54,7 @@ def measure(count: int, repeats: tuple[int, ...], tuning: bool) -> dict[str, Any
         seconds = time.process_time() - started
         if strength > 0:
             losses.setdefault(name, []).append(last_losses(model)[::repeats])
-        found = judged(result.picture, pair, judge)
+        found = judged(result.picture, pair, judges)
         seen = studio.see(result.picture.movedim(-1, 0)[None])
         kept = {key: found[key] for key in ("shape_iou", "boundary_f", "background")}
         return kept | {"distance": self_similarity_distance(seen, studio.see(picture)), "seconds": seconds}

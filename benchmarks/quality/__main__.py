@@ -1,15 +1,14 @@
 """``python -m benchmarks.quality --json FILE``: every method on withheld pairs of the demo world.
 
-Results are kept as they come in `runs/quality/`, so that an interrupted benchmark goes on where it stopped; they are
-dropped when the demo model's weights or the pack's code change.
+Results are kept as they come in `runs/quality/`, so that an interrupted benchmark goes on where it stopped and more
+pairs can be added later. A picture is made anew only when its method, the code that this can reach or the weights it
+loads have changed, and measured anew when the measures have (see `state`).
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from demo import comfy as comfy_host
-from demo.weights import DENOISER, DIT, FOLDER
+
+from .state import NETWORKS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-NETWORKS = ("UNet", "DiT")
 NOTHING = "prompt only"
 """Where this method is among them, every other's gain in appearance over it is given, pair by pair."""
 SHEET_PAIRS = 8
@@ -37,39 +36,45 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="a page whose <!-- table --> is to be replaced")
     parser.add_argument("--sheet", type=Path, help="where to save the first pairs' pictures as one image")
     parser.add_argument("--only", help="groups or methods, by commas (default: all)")
-    parser.add_argument("--network", nargs="+", choices=NETWORKS, default=["UNet"], help="which of the demo's models")
+    parser.add_argument(
+        "--network", nargs="+", choices=[*NETWORKS], default=["UNet"], help="which of the demo's models"
+    )
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument("--tuning", action="store_true", help="the tuning pairs instead: values may be chosen on them")
     options = parser.parse_args()
     comfy_host.ensure_importable()
-    from demo.judge import Judge
     from demo.model import load_demo_model
 
-    from .measures import measure
-    from .methods import Studio
+    from .kept import Kept
+    from .measures import Judges, measure
+    from .methods import PLACED, Studio
     from .pairs import pairs
 
     tasks = pairs(options.pairs, options.tuning)
     results: dict[str, list[dict[str, float]]] = {}
     made: dict[str, list[np.ndarray]] = {}
-    judge = Judge.load()
+    judges = Judges.load()
     for network in options.network:
         chosen = _methods(options.only, network)
-        kept = _Kept(ROOT / "runs" / "quality", network)
+        kept = Kept(ROOT / "runs" / "quality", chosen, network)
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
         with torch.inference_mode():
             studio = Studio(load_demo_model(network=network))
             for pair in tqdm(tasks, desc=network, mininterval=5):
                 for name, method in chosen.items():
-                    if kept.find(name, pair.seed) is None:
-                        result = method(studio, pair)
-                        figures = measure(result.picture, pair, judge)
-                        kept.add(
-                            name, pair.seed, {**figures, "rows": result.rows, "seconds": result.seconds}, result.picture
-                        )
+                    result = kept.result(name, pair.seed)
+                    if result is None:
+                        result = kept.add(name, pair.seed, method(studio, pair))
+                    figures = kept.figures(name, pair.seed)
+                    if figures is None:
+                        figures = measure(result.picture, pair, judges, placed=name in PLACED)
+                        kept.add_figures(name, pair.seed, figures)
+                    told = {"rows": result.rows, "seconds": result.seconds}
+                    found[name].append({**figures, **told, **_untouched(result)})
         prefix = "" if len(options.network) == 1 else f"{network}: "
-        found = {prefix + name: [kept.require(name, pair.seed) for pair in tasks] for name in chosen}
-        results |= with_gain(found, prefix + NOTHING)
-        made |= {prefix + name: [kept.picture(name, pair.seed) for pair in tasks[:SHEET_PAIRS]] for name in chosen}
+        results |= {prefix + name: rows for name, rows in with_gain(found, NOTHING).items()}
+        for name in chosen:
+            made[prefix + name] = [kept.picture(name, pair.seed).numpy() for pair in tasks[:SHEET_PAIRS]]
     table = summary(results)
     if options.json is not None:
         options.json.write_text(json.dumps({"pairs": len(tasks), "methods": table}, indent=2) + "\n", encoding="utf-8")
@@ -122,45 +127,8 @@ def _wanted(only: str | None, everything: dict[str, Any], groups: dict[str, dict
     return chosen
 
 
-class _Kept:
-    """A network's results on disk, for one state of its weights and of the code that makes and measures them."""
-
-    def __init__(self, root: Path, network: str) -> None:
-        other = DENOISER if network == "DiT" else DIT
-        files = [file for file in sorted(FOLDER.glob("*.safetensors")) if file.name != other]
-        files += sorted((ROOT / "inversion_core").rglob("*.py"))
-        files += sorted((ROOT / "demo").glob("*.py"))
-        files += [Path(__file__).with_name(f"{name}.py") for name in ("measures", "methods", "pairs")]
-        state = hashlib.sha256()
-        for file in files:
-            state.update(file.read_bytes())
-        self.folder = root / network / state.hexdigest()[:12]
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def _file(self, method: str, seed: int) -> Path:
-        return self.folder / f"{hashlib.sha256(method.encode()).hexdigest()[:8]}-{seed}.npz"
-
-    def find(self, method: str, seed: int) -> dict[str, float] | None:
-        file = self._file(method, seed)
-        if not file.is_file():
-            return None
-        with np.load(file) as found:
-            return json.loads(str(found["figures"]))
-
-    def require(self, method: str, seed: int) -> dict[str, float]:
-        figures = self.find(method, seed)
-        assert figures is not None
-        return figures
-
-    def picture(self, method: str, seed: int) -> np.ndarray:
-        with np.load(self._file(method, seed)) as found:
-            return found["picture"].astype(np.float32) / 255
-
-    def add(self, method: str, seed: int, figures: dict[str, float], picture: torch.Tensor) -> None:
-        partial = self.folder / f"partial-{os.getpid()}.npz"  # several processes may share the work
-        pixels = (picture.clamp(0, 1) * 255).round().byte().numpy()
-        np.savez_compressed(partial, figures=np.array(json.dumps(figures)), picture=pixels)
-        partial.replace(self._file(method, seed))
+def _untouched(result: Any) -> dict[str, float]:
+    return {} if result.untouched is None else {"untouched": result.untouched}
 
 
 def summary(results: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
@@ -181,17 +149,24 @@ def markdown(table: dict[str, dict[str, float]], pairs: int) -> str:
     from .measures import MEASURES
 
     gain = ["gain"] if all("gain" in row for row in table.values()) else []
-    columns = [*MEASURES, *gain, "rows", "seconds"]
+    untouched = ["untouched"] if any("untouched" in row for row in table.values()) else []
+    columns = [*MEASURES, *gain, *untouched, "rows", "seconds"]
     lines = [f"| method ({pairs} pairs) | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
     for name, row in table.items():
         cells = []
         for key in columns:
+            if key not in row:
+                cells.append("")
+                continue
             half = (row[f"{key}_high"] - row[f"{key}_low"]) / 2
-            digits = 0 if key == "rows" else 1 if key in ("seconds", "colour_delta_e") else 2
+            digits = 0 if key == "rows" else 1 if key in ("seconds", "colour_delta_e") else 3 if "layout" in key else 2
             cells.append(f"{row[key]:.{digits}f}" + (f" ±{half:.{digits}f}" if half >= 0.5 * 10**-digits else ""))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", *(f"- `{name}`: {meaning}" for name, meaning in MEASURES.items())]
     lines += [f"- `gain`: appearance less that of {NOTHING!r} on the same pair" for _ in gain]
+    lines += [
+        "- `untouched`: share of the pixels outside the feathered mask that are C's, bit for bit" for _ in untouched
+    ]
     return "\n".join(lines) + "\n"
 
 

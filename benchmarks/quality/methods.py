@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import comfy.sample
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 from demo.generate import encode_prompts
@@ -33,11 +34,15 @@ CFG = 3.0
 
 
 class Result(NamedTuple):
-    """A picture (H, W, 3) in [0, 1], the rows that went through the network for it, and the seconds it took."""
+    """A picture (H, W, 3) in [0, 1], the rows that went through the network for it, and the seconds it took.
+
+    `untouched`: the share of pixels outside the feathered mask that are C's, bit for bit, where it was placed on C.
+    """
 
     picture: Tensor
     rows: int
     seconds: float
+    untouched: float | None = None
 
 
 Method = Callable[["Studio", Pair], Result]
@@ -77,9 +82,20 @@ class Studio:
         return self._references[key]
 
     def sample(
-        self, pair: Pair, prompt: str, *, model: Any = None, cfg: float = CFG, negative: str = "", denoise: float = 1.0
+        self,
+        pair: Pair,
+        prompt: str,
+        *,
+        model: Any = None,
+        cfg: float = CFG,
+        negative: str = "",
+        denoise: float = 1.0,
+        inside: tuple[Tensor, Tensor] | None = None,
     ) -> Result:
-        """One picture by the stock sampler; from A's own latent where `denoise` is below 1. Rows are counted."""
+        """One picture by the stock sampler; from A's own latent where `denoise` is below 1. Rows are counted.
+
+        `inside`: a latent, and the mask (1, 1, H, W) outside which it is kept.
+        """
         rows = 0
 
         def count(module: Any, args: tuple) -> None:
@@ -89,6 +105,8 @@ class Studio:
         latent = torch.zeros(1, 4, 16, 16)
         if denoise < 1:
             latent = self.reference(pair, "a").latent
+        if inside is not None:
+            latent = inside[0]
         hook = self.demo.model.model.diffusion_model.register_forward_pre_hook(count)
         BANK.clear()  # every method pays for its references
         started = time.perf_counter()
@@ -104,6 +122,7 @@ class Studio:
                 encode_prompts(self.demo, [negative]),
                 latent,
                 denoise=denoise,
+                noise_mask=None if inside is None else inside[1],
                 disable_pbar=True,
                 seed=pair.seed,
             )
@@ -145,18 +164,66 @@ def injected(
 
     Only Cross-Image Attention steers with cfg from the plain to the edited prediction: both its prompts are the same.
     """
+    prompt, model = words(pair), _patched(preset, studio, pair, color, shape)
+    return studio.sample(pair, prompt, model=model, cfg=cfg, negative=_negative(preset, prompt))
+
+
+def _negative(preset: Preset, prompt: str) -> str:
+    return prompt if preset.name == "cross-image" else ""
+
+
+def _patched(preset: Preset, studio: Studio, pair: Pair, color: float, shape: Literal["a", "flat a"] | None) -> Any:
+    """The model with the preset and its colour step."""
     a, b = studio.reference(pair, "a"), studio.reference(pair, "b")
     layout = None if shape is None else studio.reference(pair, shape)
     transformer = comfy_injection.of_transformer(studio.demo.model)
     model = comfy_injection.attach(studio.demo.model, *preset.injections([b], layout, transformer=transformer))
-    if preset.color is not None and color > 0:
-        guidance = ColorGuidance(b, strength=color, window=preset.color, mask=a.mask, required=False)
-        model = comfy_color.attach(model, guidance)
-    prompt = words(pair)
-    return studio.sample(pair, prompt, model=model, cfg=cfg, negative=prompt if preset.name == "cross-image" else "")
+    if preset.color is None or color == 0:
+        return model
+    guidance = ColorGuidance(b, strength=color, window=preset.color, mask=a.mask, required=False)
+    return comfy_color.attach(model, guidance)
+
+
+ROOM = 4
+"""Pixels by which the mask grows beyond the shape, as in workflows/place_on_picture."""
+FEATHER = 4
+"""Pixels over which it then fades, as there."""
+
+
+def placed(preset: Preset, studio: Studio, pair: Pair, *, shape: Literal["a", "flat a"] = "flat a") -> Result:
+    """A preset's object on C inside a mask, laid over C through the feathered mask, as the workflow does it."""
+    place = torch.from_numpy(pair.place)[None]
+    mask = torch.from_numpy(pair.shape.mask)[None]
+    grown = functional.max_pool2d(mask, 2 * ROOM + 1, 1, ROOM)
+    latent = studio.demo.vae.encode(place).detach().to("cpu", torch.float32).clone()
+    prompt = f"a shape on {pair.c.background}"
+    model = _patched(preset, studio, pair, 1.0, shape)
+    made = studio.sample(pair, prompt, model=model, negative=_negative(preset, prompt), inside=(latent, grown[None]))
+    soft = _feathered(grown)[0, ..., None]
+    picture = place[0] * (1 - soft) + made.picture * soft
+    outside = soft[..., 0] == 0
+    return made._replace(picture=picture, untouched=float((picture == place[0]).all(-1)[outside].float().mean()))
+
+
+def _feathered(mask: Tensor) -> Tensor:
+    """(1, H, W) blurred by a Gaussian that ends after FEATHER pixels."""
+    at = torch.arange(-FEATHER, FEATHER + 1.0)
+    kernel = torch.exp(-0.5 * (at / (FEATHER / 2)) ** 2)
+    kernel = kernel / kernel.sum()
+    for shape in ((1, 1, -1, 1), (1, 1, 1, -1)):
+        weights = kernel.reshape(shape)
+        around = [FEATHER if weights.shape[3] > 1 else 0] * 2 + [FEATHER if weights.shape[2] > 1 else 0] * 2
+        mask = functional.conv2d(functional.pad(mask[None], around, mode="replicate"), weights)[0]
+    return mask
+
+
+def _autoencoded(studio: Studio, pair: Pair) -> Result:
+    truth = torch.from_numpy(pair.truth.image)[None]
+    return Result(studio.demo.vae.decode(studio.demo.vae.encode(truth))[0].float().cpu(), 0, 0.0)
 
 
 def crossed(
+    preset: Preset,
     studio: Studio,
     pair: Pair,
     *,
@@ -166,12 +233,12 @@ def crossed(
     end: float = 0.5,
     shape: Literal["a", "flat a"] = "a",
 ) -> Result:
-    """Cross-Feature Attention on a pair, with the colour step of `default`, as its node does it."""
+    """Cross-Feature Attention on a pair, with the colour step of a preset, as its node does it."""
     a, b = studio.reference(pair, shape), studio.reference(pair, "b")
     found = matches(studio.see, a, [b], matching or Matching(), studio.pairs)
     injection = cross_feature([b], a, found, share=share, rest=rest, window=Window(0.0, end))
-    assert PRESETS["default"].color is not None
-    guidance = ColorGuidance(b, window=PRESETS["default"].color, mask=a.mask, required=False)
+    assert preset.color is not None
+    guidance = ColorGuidance(b, window=preset.color, mask=a.mask, required=False)
     model = comfy_color.attach(comfy_injection.attach(studio.demo.model, injection), guidance)
     return studio.sample(pair, neutral(pair), model=model)
 
@@ -184,15 +251,16 @@ def _colored(studio: Studio, pair: Pair) -> Result:
 BASELINES: dict[str, Method] = {
     "A itself": partial(_shown, "shape"),
     "B itself": partial(_shown, "appearance"),
+    "true answer through the autoencoder": _autoencoded,
     "prompt only": partial(_prompted, neutral),
     "full prompt (cap of the words)": partial(_prompted, described),
     **{f"img2img {share}": partial(_prompted, described, denoise=share) for share in (0.4, 0.6, 0.8)},
 }
 ATTENTION: dict[str, Method] = {
     **{name: partial(injected, preset) for name, preset in PRESETS.items()},
-    "cross-feature": crossed,
-    "cross-feature, throughout": partial(crossed, end=1.0),
-    "cross-feature, no queries": partial(crossed, end=1.0, rest="own"),
+    "cross-feature": partial(crossed, PRESETS["default"]),
+    "cross-feature, throughout": partial(crossed, PRESETS["default"], end=1.0),
+    "cross-feature, no queries": partial(crossed, PRESETS["default"], end=1.0, rest="own"),
 }
 OURS: dict[str, Method] = {
     "default + flat shape": partial(injected, PRESETS["default"], shape="flat a"),
@@ -202,6 +270,9 @@ OURS: dict[str, Method] = {
     "default - shape": partial(injected, PRESETS["default"], shape=None),
     "colour guidance alone": _colored,
 }
+
+PLACED: dict[str, Method] = {f"{name} on C": partial(placed, PRESETS[name]) for name in ("default", "cross-image")}
+"""A on C with B's appearance; measured against the true composition on C."""
 
 PRESET_PAGE: dict[str, Method] = {
     "prompt only": BASELINES["prompt only"],
@@ -224,6 +295,7 @@ GROUPS: dict[str, dict[str, Method]] = {
     "baselines": BASELINES,
     "attention": ATTENTION,
     "ours": OURS,
+    "placed": PLACED,
     "presets": PRESET_PAGE,
     "dit": DIT_PAGE,
 }

@@ -42,6 +42,15 @@ class Pair:
         raise RuntimeError(f"no second colour was drawn for pair {self.seed}")  # one chance in 8**100
 
     @cached_property
+    def c(self) -> world.Factors:
+        """Where it is placed: another background than A's."""
+        for attempt in range(100):
+            found = world.sample(self.seed + 20_000_000 + attempt)
+            if found.background != self.a.background:
+                return found
+        raise RuntimeError(f"no second background was drawn for pair {self.seed}")
+
+    @cached_property
     def shape(self) -> world.Rendered:
         """A's picture."""
         return world.render(self.a)
@@ -55,6 +64,21 @@ class Pair:
     def truth(self) -> world.Rendered:
         """The true composition."""
         return world.render(world.compose(self.a, self.b, self.a))
+
+    @cached_property
+    def place(self) -> np.ndarray:
+        """C's picture without an object."""
+        return world.background(self.c)
+
+    @cached_property
+    def placed_truth(self) -> world.Rendered:
+        """The true composition on C's background."""
+        return world.render(world.compose(self.a, self.b, self.c))
+
+    @cached_property
+    def placed_source(self) -> world.Rendered:
+        """A's own object on C's background."""
+        return world.render(world.compose(self.a, self.a, self.c))
 
 
 def pairs(count: int, tuning: bool) -> list[Pair]:

@@ -1,13 +1,29 @@
-"""The quality benchmark on both of the demo's networks."""
+"""The quality benchmark: what it keeps, when it makes a picture anew, what it measures, on both networks."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.quality import methods
-from benchmarks.quality.__main__ import _methods, with_gain
-from benchmarks.quality.methods import ATTENTION, DIT_PAGE, OURS, UNET_ONLY, Studio
-from benchmarks.quality.pairs import pairs
+from benchmarks.quality import kept, methods, state
+from benchmarks.quality.__main__ import _methods, markdown, summary, with_gain
+from benchmarks.quality.measures import MEASURES, Judges, measure
+from benchmarks.quality.methods import ATTENTION, DIT_PAGE, OURS, PLACED, UNET_ONLY, Studio
+from benchmarks.quality.pairs import Pair, pairs
 from demo.model import load_demo_model
+from inversion_core.presets import PRESETS
+
+DEFAULT = partial(methods.injected, PRESETS["default"])
+
+
+@pytest.fixture(scope="module")
+def judges() -> Judges:
+    return Judges.load()
 
 
 @pytest.fixture(scope="module")
@@ -15,11 +31,127 @@ def studio() -> Studio:
     return Studio(load_demo_model(network="DiT"))
 
 
+def test_every_method_has_a_state_of_its_own() -> None:
+    everything = {name: one for group in methods.GROUPS.values() for name, one in group.items()}
+    states = [state.state_of(one, network) for one in everything.values() for network in state.NETWORKS]
+    assert len(set(states)) == len(states) == 2 * len(everything)
+
+
+def test_a_networks_weights_count_for_its_own_pictures_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [state.state_of(DEFAULT, network) for network in ("UNet", "DiT")]
+    weights = state._weights
+    monkeypatch.setattr(state, "_weights", lambda name: "trained on" if name == state.DIT else weights(name))
+    after = [state.state_of(DEFAULT, network) for network in ("UNet", "DiT")]
+    assert after[0] == before[0] and after[1] != before[1]
+
+
+def test_no_method_reads_a_table_that_its_state_leaves_out() -> None:
+    tree = ast.parse(Path(methods.__file__).read_text(encoding="utf-8"))
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign) and state._is_table(node)]
+    targets = [one for node in assigned for one in (node.targets if isinstance(node, ast.Assign) else [node.target])]
+    tables = {ast.unparse(target) for target in targets} | {"PRESETS"}
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    read = {name.id for one in functions for name in ast.walk(one) if isinstance(name, ast.Name)}
+    assert {"GROUPS", "PLACED"} <= tables and not read & tables
+
+
+def test_what_a_method_does_changes_its_state_and_what_it_says_of_itself_does_not() -> None:
+    preset = PRESETS["default"]
+    said = partial(methods.injected, replace(preset, source="found elsewhere", differences=("none",)))
+    sharper = replace(preset.steps[0], edit=replace(preset.steps[0].edit, contrast=2.0))
+    done = partial(methods.injected, replace(preset, steps=(sharper,)))
+    assert state.state_of(said, "UNet") == state.state_of(DEFAULT, "UNet")
+    assert state.state_of(done, "UNet") != state.state_of(DEFAULT, "UNet")
+    assert state.state_of(partial(DEFAULT, shape="flat a"), "UNet") != state.state_of(DEFAULT, "UNet")
+
+
+def test_a_picture_depends_on_what_its_method_can_reach_and_on_nothing_else() -> None:
+    reached = state._closure(("benchmarks/quality/methods.py",))
+    assert {
+        "inversion_core/attention.py",
+        "inversion_core/hosts/comfy_unet.py",
+        "demo/model.py",
+        "demo/vit.py",
+    } <= reached
+    assert not any(name.startswith(("nodes/", "inversion_core/learning/", "demo/train/")) for name in reached)
+    assert "demo/judge.py" not in reached
+
+
+def test_comments_docstrings_and_tables_do_not_count_but_code_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state, "ROOT", tmp_path)
+    monkeypatch.setattr(state, "TABLES", ("m.py",))
+
+    def code(text: str) -> str:
+        (tmp_path / "m.py").write_text(text, encoding="utf-8")
+        state._code.cache_clear()
+        return state._code("m.py")
+
+    first = code('"""One."""\nA = 3\nT = {"a": f}\ndef f():\n    """Says."""\n    return 1\n')
+    assert code("A = 3\nT = dict(b=f)\n# more\ndef f():\n    return 1\n") == first
+    assert code("A = 4\ndef f():\n    return 1\n") != first
+    assert code("A = 3\ndef f():\n    return 2\n") != first
+    state._code.cache_clear()
+
+
+def test_results_are_found_again_and_only_under_their_own_name(tmp_path: Path) -> None:
+    store = kept.Kept(tmp_path, {"default": DEFAULT, "flat": partial(DEFAULT, shape="flat a")}, "UNet")
+    made = store.add("default", 5, methods.Result(torch.rand(8, 8, 3), 40, 1.5, untouched=1.0))
+    again = store.result("default", 5)
+    assert again is not None and torch.equal(again.picture, made.picture)
+    assert (again.rows, again.seconds, again.untouched) == (40, 1.5, 1.0)
+    assert store.result("default", 6) is None and store.result("flat", 5) is None
+    assert store.figures("default", 5) is None
+    store.add_figures("default", 5, {"shape_iou": 0.5})
+    assert store.figures("default", 5) == {"shape_iou": 0.5}
+    assert not list(tmp_path.glob("partial*"))
+
+
+def test_the_true_answer_is_the_best_and_the_given_pictures_are_not(judges: Judges) -> None:
+    pair = Pair(77)
+    truth, a, b = (torch.from_numpy(one.image) for one in (pair.truth, pair.shape, pair.appearance))
+    best, shape, look = (measure(one, pair, judges) for one in (truth, a, b))
+    assert set(best) == set(MEASURES)
+    assert best["appearance"] == 1 and best["shape_iou"] > 0.95 and best["colour_delta_e"] == 0
+    assert shape["appearance"] == 0 and shape["vit_layout"] == 0 and shape["judge_layout"] == pytest.approx(0, abs=1e-9)
+    assert look["vit_look"] == pytest.approx(1) and look["judge_look"] == pytest.approx(1)
+    assert look["shape_iou"] < best["shape_iou"]
+    assert best["judge_look"] > shape["judge_look"]
+
+
+def test_on_the_place_the_truth_has_its_background(judges: Judges) -> None:
+    pair = Pair(77)
+    assert pair.c.background != pair.a.background
+    truth = torch.from_numpy(pair.placed_truth.image)
+    right, wrong = (measure(truth, pair, judges, placed=placed) for placed in (True, False))
+    assert right["background"] == 1 and right["appearance"] == 1
+    assert wrong["background"] < 1
+
+
+def test_what_is_placed_leaves_the_place_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "STEPS", 2)
+    with torch.inference_mode():
+        made = PLACED["default on C"](Studio(load_demo_model()), Pair(77))
+    assert made.untouched == 1
+    place = torch.from_numpy(Pair(77).place)
+    assert float((made.picture - place).abs().max()) > 0.1
+
+
+def test_a_table_may_hold_placed_methods_beside_others() -> None:
+    row = dict.fromkeys((*MEASURES, "rows", "seconds"), 1.0)
+    text = markdown(summary({"prompt only": [row], "default on C": [{**row, "untouched": 0.5}]}), 1)
+    first, _, plain, placed = text.splitlines()[:4]
+    column = [cell.strip() for cell in first.split("|")].index("untouched")
+    assert [line.split("|")[column].strip() for line in (plain, placed)] == ["", "0.50"]
+
+
 def test_every_method_runs_on_the_transformer(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "STEPS", 6)
     (pair,) = pairs(1, tuning=True)
     plain = DIT_PAGE["prompt only"](studio, pair)
-    for name, method in {**DIT_PAGE, **ATTENTION, "colour guidance alone": OURS["colour guidance alone"]}.items():
+    alone = "colour guidance alone"
+    for name, method in {**DIT_PAGE, **ATTENTION, **PLACED, alone: OURS[alone]}.items():
         if name in UNET_ONLY:
             continue
         made = method(studio, pair)
@@ -27,15 +159,15 @@ def test_every_method_runs_on_the_transformer(studio: Studio, monkeypatch: pytes
         assert bool(torch.isfinite(made.picture).all())
         if name != "prompt only":
             assert not torch.equal(made.picture, plain.picture), name
-            assert (made.rows > plain.rows) == (name != "colour guidance alone"), name
+            assert (made.rows > plain.rows) == (name != alone), name
 
 
 def test_presets_without_a_form_on_transformers_are_left_out(studio: Studio) -> None:
-    assert _methods("attention", "UNet").keys() - _methods("attention", "DiT").keys() == UNET_ONLY
+    assert _methods(None, "UNet").keys() - _methods(None, "DiT").keys() == UNET_ONLY
     (pair,) = pairs(1, tuning=True)
     for name in UNET_ONLY:
         with pytest.raises(ValueError, match=name):
-            methods.ATTENTION[name](studio, pair)
+            ATTENTION[name](studio, pair)
 
 
 def test_gain_is_over_the_plain_method_on_the_same_pair() -> None:
