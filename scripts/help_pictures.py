@@ -32,7 +32,6 @@ WIDTH = 800
 MAX_BYTES = 40 * 1024
 STEPS, TRAINING_STEPS = 20, 150
 WITHOUT = {
-    "DemoPicture": "is a picture itself",
     "SaveInversion": "writes a file",
     "SaveReferenceCache": "writes a file",
     "LoadReferenceCache": "changes the time alone",
