@@ -18,7 +18,7 @@ from ..inversion_core.reference import Reference as Value
 from .host import output_mask, single_reference
 from .newer import found_by, rarely_changed
 from .sockets import Preset, Reference
-from .widgets import share
+from .widgets import share, window
 
 _SOURCES = "\n".join(f"{preset.name}: {preset.source}" for preset in PRESETS.values())
 
@@ -136,8 +136,12 @@ class CustomPreset(io.ComfyNode):
                     "early, mid, late; or the model's own blocks such as output.4, double.7; several by commas. "
                     "Connect the model to see its blocks.",
                 ),
-                share("start_percent", 0.0, "Where in the sampling the appearance begins to be read."),
-                share("end_percent", 1.0, "Where it ends. Below 0.6 little of the texture survives."),
+                *window(
+                    0.0,
+                    "Where in the sampling the appearance begins to be read.",
+                    1.0,
+                    "Where it ends. Below 0.6 little of the texture survives.",
+                ),
                 io.String.Input(
                     "shape_sites",
                     default="",

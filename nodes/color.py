@@ -17,7 +17,7 @@ from .host import output_mask, single_reference
 from .newer import found_by
 from .picture_mask import picture_mask
 from .sockets import Reference
-from .widgets import share
+from .widgets import share, window
 
 SPACES: dict[str, Space] = {"CIELAB": "lab", "linear RGB": "linear_rgb"}
 FRAMES: dict[str, Frames] = {"per image": "each", "one for all": "all", "from one frame": "one"}
@@ -122,8 +122,12 @@ class AdaINColorGuidance(io.ComfyNode):
                 Reference.Input("reference", tooltip="Whose colours are taken, inside its mask."),
                 io.Combo.Input("method", options=list(get_args(Method)), default="adain", tooltip=_METHODS),
                 share("strength", 1.0, "At its largest. 0 is exactly the model without this node."),
-                share("start_percent", 0.2, "Where in the sampling it begins; before 0.2 there is little to match."),
-                share("end_percent", 0.95, "Where it ends, so that the model itself finishes the picture."),
+                *window(
+                    0.2,
+                    "Where in the sampling it begins; before 0.2 there is little to match.",
+                    0.95,
+                    "Where it ends, so that the model itself finishes the picture.",
+                ),
                 io.Combo.Input(
                     "ramp",
                     options=["constant", "rising", "falling"],

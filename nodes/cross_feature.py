@@ -18,7 +18,7 @@ from .features import PAIRS, matching_inputs, seeing
 from .host import output_mask, single_reference
 from .newer import found_by
 from .sockets import FeatureExtractor, Reference
-from .widgets import share
+from .widgets import share, window
 
 
 class CrossFeatureAttention(io.ComfyNode):
@@ -49,8 +49,12 @@ class CrossFeatureAttention(io.ComfyNode):
                     tooltip="What decides the rest, and everything outside the window. 'queries': the model itself "
                     "finds the place in the appearance, as in KV Injection. 'own': the appearance is not read there.",
                 ),
-                share("start_percent", 0.0, "Where in the sampling the features begin to decide."),
-                share("end_percent", 0.5, "Where they end; late, the model's own queries see fine texture better."),
+                *window(
+                    0.0,
+                    "Where in the sampling the features begin to decide.",
+                    0.5,
+                    "Where they end; late, the model's own queries see fine texture better.",
+                ),
                 io.String.Input(
                     "sites",
                     default="all",

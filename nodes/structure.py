@@ -11,7 +11,7 @@ from .features import seeing
 from .host import single_image
 from .newer import found_by
 from .sockets import FeatureExtractor
-from .widgets import share
+from .widgets import share, window
 
 
 class SelfSimilarityGuidance(io.ComfyNode):
@@ -45,8 +45,12 @@ class SelfSimilarityGuidance(io.ComfyNode):
                     tooltip="Length of a step; it means the same on every model. 0 is exactly the model without this "
                     "node. Too much brings noise.",
                 ),
-                share("start_percent", 0.0, "Where in the sampling it begins; the layout is decided early."),
-                share("end_percent", 0.8, "Where it ends, so that the model itself finishes the picture."),
+                *window(
+                    0.0,
+                    "Where in the sampling it begins; the layout is decided early.",
+                    0.8,
+                    "Where it ends, so that the model itself finishes the picture.",
+                ),
                 io.Int.Input(
                     "repeats",
                     default=1,

@@ -13,7 +13,6 @@ from weakref import WeakKeyDictionary
 
 import comfy.model_management
 import comfy.model_patcher
-import comfy.patcher_extension
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,9 +20,10 @@ from torch import Tensor
 from ..features import FeatureExtractor, Features, leave_inference_mode
 from ..injection import Window
 from ..metrics import self_similarity_loss
+from . import comfy_guidance
 from .base import HostError, inside
+from .comfy_guidance import Sampling
 
-KEY = "shape_and_appearance_structure"
 STEP = 0.5
 """Length of one step at strength 1, in shares of the latent's own length."""
 GRADIENT_MEMORY = 3
@@ -78,6 +78,13 @@ class StructureGuidance:
     def __deepcopy__(self, memo: dict) -> StructureGuidance:
         return self  # immutable: hosts that copy their options may share it
 
+    @property
+    def title(self) -> str:
+        return "Self-Similarity Guidance"
+
+    def opened(self, sampling: Sampling) -> _Run:
+        return _Run(self, sampling.guider.model_patcher)
+
 
 def attach(model: comfy.model_patcher.ModelPatcher, guidance: StructureGuidance) -> comfy.model_patcher.ModelPatcher:
     """A clone of the model with one more guidance; the model itself is not touched. Strength 0 attaches nothing.
@@ -91,61 +98,16 @@ def attach(model: comfy.model_patcher.ModelPatcher, guidance: StructureGuidance)
             f"the VAE decodes latents of {own} channels, but this model ({type(model.model).__name__}) has {channels}: "
             "connect the VAE that belongs to it, or a small one of the same family (TAESD)"
         )
-    clone = model.clone()
-    if guidance.strength == 0:
-        return clone
-    hook = _Hook(guidance)
-    clone.set_model_sampler_post_cfg_function(hook)
-    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, KEY, _OuterSample(hook))
-    return clone
+    return model.clone() if guidance.strength == 0 else comfy_guidance.attach(model, guidance)
 
 
 def last_losses(model: comfy.model_patcher.ModelPatcher) -> list[tuple[float, float]]:
     """Noise level and mean loss before each step of the last run with this patched model; without one, empty."""
-    wrappers = model.get_wrappers(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, KEY)
-    return [] if not wrappers else [(sigma, float(loss)) for sigma, loss in _LOSSES.get(wrappers[-1].hook, [])]
+    guidances = [one for one in comfy_guidance.attached(model) if isinstance(one, StructureGuidance)]
+    return [] if not guidances else [(sigma, float(loss)) for sigma, loss in _LOSSES.get(guidances[-1], [])]
 
 
-@dataclass(frozen=True, eq=False)
-class _OuterSample:
-    """Opens the record of a run for one hook, and sees at the end that the hook did something."""
-
-    hook: _Hook
-
-    def __deepcopy__(self, memo: dict) -> _OuterSample:
-        return self
-
-    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
-        guider = executor.class_obj
-        run = _Run(self.hook.guidance, guider.model_patcher)
-        options = guider.model_options.setdefault("transformer_options", {})
-        options[KEY] = {**options.get(KEY, {}), self.hook: run}
-        result = executor(*args, **kwargs)
-        run.require_effect()
-        _LOSSES[self.hook] = run.losses
-        return result
-
-
-@dataclass(frozen=True, eq=False)
-class _Hook:
-    """The post-cfg function an attached model carries. Immutable: what changes lives in the run's record."""
-
-    guidance: StructureGuidance
-
-    def __deepcopy__(self, memo: dict) -> _Hook:
-        return self
-
-    def __call__(self, args: dict[str, Any]) -> Tensor:
-        run = args["model_options"].get("transformer_options", {}).get(KEY, {}).get(self)
-        if run is None:
-            raise HostError(
-                "Self-Similarity Guidance was called outside of ComfyUI's sampling (its OUTER_SAMPLE wrapper did not "
-                "run): sample with a node that goes through ComfyUI's guider, such as KSampler or SamplerCustom"
-            )
-        return run.guided(args["denoised"], args["sigma"])
-
-
-_LOSSES: WeakKeyDictionary[_Hook, list[tuple[float, Tensor]]] = WeakKeyDictionary()
+_LOSSES: WeakKeyDictionary[StructureGuidance, list[tuple[float, Tensor]]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -165,7 +127,7 @@ class _Run:
             return denoised
         if denoised.ndim != 4:
             raise HostError(
-                f"Self-Similarity Guidance works on pictures, but this model's latents have {denoised.ndim - 2} "
+                f"{self.guidance.title} works on pictures, but this model's latents have {denoised.ndim - 2} "
                 "dimensions (video)"
             )
         # In the autoencoder's space, so that the model's own scaling needs no gradient.
@@ -213,15 +175,16 @@ class _Run:
             self._targets = structure, look
         return self._targets
 
-    def require_effect(self) -> None:
-        """Raise if no step of the run was guided."""
+    def finish(self) -> None:
+        """Keep the losses for whoever asks; raise if no step of the run was guided."""
         if not self.losses:
             window = self.guidance.window
             raise HostError(
-                f"Self-Similarity Guidance changed nothing: no step of this run lies between {window.start} and "
+                f"{self.guidance.title} changed nothing: no step of this run lies between {window.start} and "
                 f"{window.end} of the schedule. Widen start and end percent, or check that the sampler's denoise "
                 "reaches that part"
             )
+        _LOSSES[self.guidance] = self.losses
 
 
 def decode(vae: Any, latent: Tensor) -> Tensor:

@@ -21,11 +21,12 @@ import comfy.model_patcher
 import comfy.sample
 import comfy.supported_models
 import comfy.supported_models_base
+import comfy.utils
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 
 from demo.denoiser import build_denoiser
 from inversion_core.attention import AttentionEdit
-from inversion_core.hosts import comfy_color, comfy_unet
+from inversion_core.hosts import comfy_color, comfy_guidance, comfy_unet
 from inversion_core.hosts.base import HostError
 from inversion_core.hosts.comfy_color import ColorGuidance, attach
 from inversion_core.injection import Injection, Window
@@ -192,7 +193,7 @@ def test_a_video_is_matched_as_one() -> None:
     shape = FAMILIES["Wan"][2]
     latent = random(*shape, seed=3) + torch.arange(3).view(1, 1, 3, 1, 1)
     run = comfy_color._Run(ColorGuidance(reference_for(16), window=EVERYWHERE), model_of("Wan").model)
-    out = run.matched(latent, torch.tensor([0.5]))
+    out = run.guided(latent, torch.tensor([0.5]))
     means, means_out = latent.mean((3, 4)), out.mean((3, 4))
     ratio = (means_out[:, :, 2] - means_out[:, :, 0]) / (means[:, :, 2] - means[:, :, 0])
     scale = out.flatten(2).std(2) / latent.flatten(2).std(2)
@@ -211,6 +212,36 @@ def test_inpainting_keeps_the_rest_and_measures_the_hole() -> None:
     torch.testing.assert_close(out[..., 4:], picture[..., 4:], rtol=0, atol=1e-3)
     for found, wanted in zip(moments(out[0][..., :4]), moments(reference.latent[0]), strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("family", ["SD1.5", "Flux", "Wan"])
+@pytest.mark.parametrize("dimensions", [2, 3, 4, 5])
+def test_an_inpainting_mask_is_read_in_every_form_that_nodes_send(family: str, dimensions: int) -> None:
+    """(H, W), (B, H, W), as of InpaintModelConditioning's kind, (B, 1, H, W) and (B, 1, frames, H, W)."""
+    shape = FAMILIES[family][2]
+    model, reference = model_of(family), reference_for(shape[1])
+    if dimensions == 5 and len(shape) == 4:
+        pytest.skip("a picture has no frames")
+    hole = torch.zeros((1, 1, 1, 8, 10)[5 - dimensions :])
+    hole[..., :4] = 1
+    settings = {"latent": random(*shape, seed=7) + 5, "noise_mask": hole}
+
+    out = sample(attach(model, ColorGuidance(reference, window=EVERYWHERE)), shape, **settings)
+
+    for row in out:
+        for found, wanted in zip(moments(row[..., :4]), moments(reference.latent[0]), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=5e-3)
+
+
+def test_masks_of_a_batch_and_of_frames_are_told_apart() -> None:
+    """By ComfyUI's own reading of the same masks, at the latents' own size."""
+    masks = (random(3, 8, 10, seed=8) > 0).float()
+    picture, video = torch.zeros(5, 4, 8, 10), torch.zeros(2, 16, 3, 8, 10)
+    for given in (masks, masks[:, None]):
+        theirs = comfy.utils.reshape_mask(given, picture.shape)
+        assert torch.equal(comfy_guidance.fit_mask(given, picture), theirs[:, :1])
+        theirs = comfy.utils.reshape_mask(given, video.shape)
+        assert torch.equal(comfy_guidance.fit_mask(given, video).expand(2, -1, -1, -1, -1), theirs[:, :1])
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
@@ -253,7 +284,7 @@ def test_the_model_put_in_stays_clean_and_runs_repeat() -> None:
     assert torch.equal(sample(guided.clone(), shape), first)
     assert not torch.equal(first, before)
     assert model.model_options == options and torch.equal(sample(model, shape), before)
-    assert comfy_color.KEY not in guided.model_options["transformer_options"]
+    assert comfy_guidance.KEY not in guided.model_options["transformer_options"]
 
 
 def test_another_number_of_channels_is_refused_by_name() -> None:
@@ -301,7 +332,7 @@ def test_other_post_cfg_functions_run_in_their_order() -> None:
 def test_the_ramp_follows_the_sampling_percent(family: str) -> None:
     sampling = model_of(family).model.model_sampling
     for percent in (0.1, 0.25, 0.5, 0.9):
-        assert comfy_color._percent(sampling, float(sampling.percent_to_sigma(percent))) == pytest.approx(
+        assert comfy_guidance.percent_of(sampling, float(sampling.percent_to_sigma(percent))) == pytest.approx(
             percent, abs=2e-3
         )
     rising = ColorGuidance(reference_for(4), strength=0.8, window=Window(0.2, 0.6), ramp="rising")
