@@ -12,7 +12,6 @@ import comfy.utils
 import latent_preview
 import numpy as np
 import torch
-import torch.nn.functional as F
 from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
@@ -24,16 +23,13 @@ from ..inversion_core.learning.inversion import Inversion
 from ..inversion_core.learning.learn import job_of, learn
 from ..inversion_core.learning.lesson import InversionLesson
 from ..inversion_core.learning.material import digest_of, prepare, require_pictures
+from ..inversion_core.learning.pictures import fitted as reduced
 from ..inversion_core.learning.plan import Plan
 from ..inversion_core.learning.proposal import propose_masks
 from ..inversion_core.learning.trainer import History, Progress
 from .inversion_files import finished, unfinished
 from .loss_plot import loss_plot
 from .picture_mask import picture_mask
-
-CELL = 64
-"""Sides of training pictures are multiples of this where they are large enough: 8 pixels a latent cell, and as many
-cells as a UNet halves evenly."""
 
 
 class Learned(NamedTuple):
@@ -52,18 +48,7 @@ def fitted(images: Tensor, mask: Tensor | None, size: int) -> tuple[Tensor, Tens
     masks = torch.ones(pictures.shape[:3])
     if mask is not None:
         masks = picture_mask(mask, images, "the mask").cpu().expand(len(pictures), -1, -1)
-    height, width = pictures.shape[1:3]
-    scale = min(1.0, size / max(height, width))
-    sides = [round(side * scale) for side in (height, width)]
-    both = torch.cat([pictures, masks[..., None]], dim=3).permute(0, 3, 1, 2)
-    if scale < 1:
-        both = F.interpolate(both, size=sides, mode="area")
-    cut = [side - side % (CELL if side >= CELL else 8) for side in sides]
-    if min(cut) == 0:
-        raise ValueError(f"the picture is {width}x{height} pixels at size {size}: too small to learn from")
-    top, left = ((side - kept) // 2 for side, kept in zip(sides, cut, strict=True))
-    both = both[:, :, top : top + cut[0], left : left + cut[1]].permute(0, 2, 3, 1).clamp(0, 1)
-    return both[..., :3].contiguous(), both[..., 3].contiguous()
+    return reduced(pictures, masks, size)
 
 
 def proposed(model: Any, clip: Any, vae: Any, pictures: Tensor, class_word: str) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal
 
 import comfy.model_management
@@ -21,10 +21,10 @@ import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock, attention_pytorch
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..learning.model import Attention, Conditioning, Prediction, Schedule
 from .base import HostError
+from .checkpointing import checkpointed
 from .comfy_inversion import Vectors, family_of, placing_tokenizer, text_tokenizers
 
 Part = Literal["encoder", "middle", "decoder"]
@@ -57,7 +57,9 @@ def learning_model(
             stack.enter_context(_frozen_for_autograd(module))
         stack.enter_context(_kept_from_inplace(clip.cond_stage_model))
         opened = ComfyLearningModel(model, clip, (latent_shape[-2], latent_shape[-1]))
-        stack.enter_context(_checkpointed(model.model.diffusion_model, opened))
+        unet = model.model.diffusion_model
+        blocks = (one for one in unet.modules() if isinstance(one, (BasicTransformerBlock, ResBlock)))
+        stack.enter_context(checkpointed(blocks, opened))
         yield opened
 
 
@@ -293,31 +295,6 @@ def _alias(parameter: nn.Parameter) -> nn.Parameter:
     alias = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
     alias.set_(parameter.untyped_storage(), parameter.storage_offset(), parameter.size(), parameter.stride())
     return nn.Parameter(alias, requires_grad=False)
-
-
-@contextmanager
-def _checkpointed(unet: nn.Module, opened: ComfyLearningModel) -> Iterator[None]:
-    """While inside, the UNet's blocks keep only their inputs whenever the opened model says so."""
-    blocks = [block for block in unet.modules() if isinstance(block, (BasicTransformerBlock, ResBlock))]
-
-    def sparing(plain: Callable) -> Callable:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            again = opened.checkpointing
-            if again is None:
-                return plain(*args, **kwargs)
-            options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-            return checkpoint(plain, *args, context_fn=lambda: (nullcontext(), again()), **options, **kwargs)
-
-        return forward
-
-    try:
-        for block in blocks:
-            # An attribute of the instance, which hides the class's method until it is deleted.
-            block.forward = sparing(block.forward)
-        yield
-    finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
 
 
 @contextmanager

@@ -89,8 +89,8 @@ def attach(
             understand; on exit, if no attention call was changed in the whole block.
         ValueError: on entry, an injection's sites mean nothing on this model.
     """
-    unet = _unet(pipe)
-    places = list(_walk(unet))
+    unet = unet_of(pipe)
+    places = places_of(unet)
     channels = unet.config["in_channels"]
     for reference in (one for injection in injections for one in injection.references):
         require_channels(reference, channels, type(pipe).__name__)
@@ -125,18 +125,25 @@ def sites_of(unet: UNet2DConditionModel) -> list[Site]:
     Raises:
         HostError: the model's blocks are not those of SD1.x, SD2.x and SDXL.
     """
-    return [place.site for place in _walk(unet)]
+    return [place.site for place in places_of(unet)]
 
 
-class _Place(NamedTuple):
-    """A self-attention layer and the module that knows the grid of its tokens."""
+def places_of(unet: UNet2DConditionModel) -> list[Place]:
+    """Where those self-attentions are; raises as `sites_of`."""
+    return list(_walk(unet))
+
+
+class Place(NamedTuple):
+    """A transformer block with self-attention, that layer, and the module that knows the grid of its tokens."""
 
     site: Site
     layer: Attention
     transformer: Transformer2DModel
+    block: BasicTransformerBlock
 
 
-def _unet(pipe: Any) -> UNet2DConditionModel:
+def unet_of(pipe: Any) -> UNet2DConditionModel:
+    """The pipeline's UNet; HostError if this host cannot work with it."""
     unet = getattr(pipe, "unet", None)
     if not isinstance(unet, UNet2DConditionModel):
         raise HostError(
@@ -154,7 +161,7 @@ def _unet(pipe: Any) -> UNet2DConditionModel:
     return unet
 
 
-def _walk(unet: UNet2DConditionModel) -> Iterator[_Place]:
+def _walk(unet: UNet2DConditionModel) -> Iterator[Place]:
     # ComfyUI's input block 0 is conv_in; a downsampler is a block by itself, an upsampler belongs to the one before.
     down: Any = unet.down_blocks
     up: Any = unet.up_blocks
@@ -178,7 +185,7 @@ def _walk(unet: UNet2DConditionModel) -> Iterator[_Place]:
         raise HostError("this UNet has no self-attention in its decoder: use a model of SD1.x, SD2.x or SDXL")
 
 
-def _block(part: Part, number: int, scale: int, block: Any) -> Iterator[_Place]:
+def _block(part: Part, number: int, scale: int, block: Any) -> Iterator[Place]:
     for i, transformer in enumerate(getattr(block, "attentions", ())):
         if not isinstance(transformer, Transformer2DModel):
             raise HostError(
@@ -188,7 +195,7 @@ def _block(part: Part, number: int, scale: int, block: Any) -> Iterator[_Place]:
         for index, inner in enumerate(transformer.transformer_blocks):
             if isinstance(inner, BasicTransformerBlock) and not inner.only_cross_attention:
                 at = number if part == "middle" else number + i
-                yield _Place(Site(part, at, index, scale), inner.attn1, transformer)
+                yield Place(Site(part, at, index, scale), inner.attn1, transformer, inner)
 
 
 @dataclass
@@ -197,7 +204,7 @@ class _Host:
 
     pipe: Any
     unet: UNet2DConditionModel
-    places: list[_Place]
+    places: list[Place]
     session: Session
     bank: ReferenceBank
     guided: bool | None
@@ -349,7 +356,7 @@ class _Host:
         blended = self.session.features(h, self.rows)
         return None if blended is h else (torch.cat((blended, args[0][:, channels:]), dim=1), *args[1:])
 
-    def attention(self, place: _Place, hidden: Tensor, inner: Callable[..., Tensor]) -> Tensor | None:
+    def attention(self, place: Place, hidden: Tensor, inner: Callable[..., Tensor]) -> Tensor | None:
         """The self-attention layer's output (B, N, C), edited; None where it is not ours.
 
         Args:
@@ -396,7 +403,7 @@ class _Run(NamedTuple):
 class _Processor:
     """A self-attention's processor within a block: calls that the session does not edit go on to the one it had."""
 
-    def __init__(self, host: _Host, place: _Place) -> None:
+    def __init__(self, host: _Host, place: Place) -> None:
         self._layer = place.layer
         self._inner: Any = place.layer.processor
         inner = self._inner

@@ -87,7 +87,7 @@ def pipeline(unet: UNet2DConditionModel, predicts: str = "epsilon", factor: floa
         made |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipe: Pipe = StableDiffusionPipeline(**made)
     else:
-        made |= {"text_encoder_2": None, "tokenizer_2": None, "add_watermarker": False}
+        made = {"text_encoder_2": None, "tokenizer_2": None, "add_watermarker": False, **made}
         pipe = StableDiffusionXLPipeline(**made)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -10,8 +10,6 @@ from typing import Any
 import comfy.lora
 import comfy.model_sampling
 import comfy.sd
-import comfy.sdxl_clip
-import comfy.supported_models_base
 import numpy as np
 import pytest
 import torch
@@ -21,8 +19,7 @@ from torch import Tensor, nn
 from demo import world
 from demo.generate import generate
 from demo.model import DemoModel, load_demo_model
-from demo.text import WIDTH, clip_target
-from demo.train.data import reset
+from demo.text import WIDTH
 from inversion_core.hosts.base import HostError
 from inversion_core.hosts.comfy_inversion import apply_inversion, knows_word, with_tokens
 from inversion_core.hosts.comfy_learning import ComfyLearningModel, fingerprint, learning_model
@@ -38,56 +35,18 @@ from inversion_core.learning.plan import Plan
 from inversion_core.learning.recipes import stages
 from inversion_core.learning.trainer import Progress
 
-from .models import POOLED, Patcher, demo_patcher, random, sd15_patcher, sdxl_patcher
+from .models import POOLED, Patcher, demo_patcher, random, sd15_patcher, sd21_patcher, sdxl_patcher
+from .text_models import demo_clip, sd1_clip, sd2_clip, sdxl_clip
 
 LATENT = (2, 4, 16, 16)
 SHAPE = Plan("shape", "x", "shape", stages("shape", 20, 2), vectors=2, rank=2, variants=4)
 APPEARANCE = replace(SHAPE, kind="appearance", class_word="striped", stages=stages("appearance", 20, 2))
 
 
-def demo_clip(embeddings: Path | None = None) -> Any:
-    """The demo's text encoder with random weights, half precision as ComfyUI has text encoders on the CPU."""
-    clip = comfy.sd.CLIP(
-        target=clip_target(),
-        embedding_directory=None if embeddings is None else str(embeddings),
-        parameters=1,
-        model_options={"dtype": torch.float16},
-    )
-    _randomise(clip)
-    return clip
-
-
-def sdxl_clip() -> Any:
-    """SDXL's two encoders, tiny, whose outputs fit `sdxl_patcher`."""
-    sizes = {"clip_l": (WIDTH - POOLED, 4), "clip_g": (POOLED, 2)}
-    options: dict[str, Any] = {"dtype": torch.float32}
-    for name, (width, heads) in sizes.items():
-        options[f"{name}_model_config"] = {
-            "hidden_size": width,
-            "intermediate_size": 2 * width,
-            "num_attention_heads": heads,
-            "num_hidden_layers": 3,
-        }
-    target = comfy.supported_models_base.ClipTarget(comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel)
-    clip = comfy.sd.CLIP(target=target, parameters=1, model_options=options)
-    for name, (width, _) in sizes.items():
-        getattr(clip.tokenizer, name).embedding_size = width
-    _randomise(clip)
-    return clip
-
-
-def _randomise(clip: Any) -> None:
-    torch.manual_seed(1)
-    reset(clip.cond_stage_model)
-    for module in clip.cond_stage_model.modules():
-        if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.1)
-
-
 MODELS = pytest.mark.parametrize(
     ("model", "clip"),
-    [(demo_patcher, demo_clip), (sd15_patcher, demo_clip), (sdxl_patcher, sdxl_clip)],
-    ids=["demo", "SD1.x", "SDXL"],
+    [(demo_patcher, demo_clip), (sd15_patcher, sd1_clip), (sd21_patcher, sd2_clip), (sdxl_patcher, sdxl_clip)],
+    ids=["demo", "SD1.x", "SD2.x", "SDXL"],
 )
 
 
