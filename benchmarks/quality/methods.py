@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
@@ -232,11 +232,17 @@ def crossed(
     rest: Rest = "queries",
     end: float = 0.5,
     shape: Literal["a", "flat a"] = "a",
+    shape_end: float | None = None,
 ) -> Result:
-    """Cross-Feature Attention on a pair, with the colour step of a preset, as its node does it."""
+    """Cross-Feature Attention on a pair, with the colour step of a preset, as its node does it.
+
+    `shape_end`: when the shape is let go, where that is not to be as usual.
+    """
     a, b = studio.reference(pair, shape), studio.reference(pair, "b")
     found = matches(studio.see, a, [b], matching or Matching(), studio.pairs)
     injection = cross_feature([b], a, found, share=share, rest=rest, window=Window(0.0, end))
+    if shape_end is not None:
+        injection = replace(injection, shape_window=Window(0.0, shape_end))
     assert preset.color is not None
     guidance = ColorGuidance(b, window=preset.color, mask=a.mask, required=False)
     model = comfy_color.attach(comfy_injection.attach(studio.demo.model, injection), guidance)
@@ -246,6 +252,10 @@ def crossed(
 def _colored(studio: Studio, pair: Pair) -> Result:
     guidance = ColorGuidance(studio.reference(pair, "b"), mask=studio.reference(pair, "a").mask)
     return studio.sample(pair, neutral(pair), model=comfy_color.attach(studio.demo.model, guidance))
+
+
+def _shape_until(end: float, preset: Preset = PRESETS["default"]) -> Preset:
+    return replace(preset, steps=tuple(replace(step, shape_window=Window(0.0, end)) for step in preset.steps))
 
 
 BASELINES: dict[str, Method] = {
@@ -283,6 +293,17 @@ PRESET_PAGE: dict[str, Method] = {
 UNET_ONLY = {name for name, preset in PRESETS.items() if not any(step.blocks for step in preset.steps)}
 """Presets that have no form for a diffusion transformer."""
 
+SHAPE_ENDS = (0.8, 0.9, 1.0)
+"""What the shape's end was chosen among, on tuning pairs (docs/presets.md)."""
+SHAPE_END: dict[str, Method] = {
+    **{f"shape until {end:.0%}": partial(injected, _shape_until(end)) for end in SHAPE_ENDS},
+    **{f"flat shape until {end:.0%}": partial(injected, _shape_until(end), shape="flat a") for end in SHAPE_ENDS},
+    **{
+        f"cross-feature, shape until {end:.0%}": partial(crossed, PRESETS["default"], shape_end=end)
+        for end in SHAPE_ENDS
+    },
+}
+
 DIT_PAGE: dict[str, Method] = {
     "prompt only": BASELINES["prompt only"],
     "default": ATTENTION["default"],
@@ -298,5 +319,6 @@ GROUPS: dict[str, dict[str, Method]] = {
     "placed": PLACED,
     "presets": PRESET_PAGE,
     "dit": DIT_PAGE,
+    "shape end": SHAPE_END,
 }
 """What `--only` chooses among."""
