@@ -22,7 +22,7 @@ See = Callable[[Tensor], Features]
 """An extractor with its settings: a picture (1, 3, H, W) in [0, 1] -> its features."""
 Rest = Literal["queries", "own"]
 
-SHAPE_WINDOW = Window(0.0, 0.8)
+SHAPE_WINDOW = Window()
 """When the shape's queries and decoder features are at work, as in the preset `default`."""
 
 

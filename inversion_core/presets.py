@@ -239,11 +239,12 @@ CTRL_X = Preset(
 
 DEFAULT = Preset(
     "default",
-    "our own: the best found on the demo world's tuning pairs (docs/demo-model.md)",
+    "our own: the best found on the demo world's tuning pairs (docs/presets.md)",
     (
         Step(
             AttentionEdit("replace", shape_query=1.0),
             "all",
+            shape_window=Window(),
             feature_strength=1.0,
             blocks="appearance",
             shape_blocks="all",

@@ -147,7 +147,11 @@ class CustomPreset(io.ComfyNode):
                     default="",
                     tooltip="Which self-attentions take the shape's layout. Empty means the same as 'sites'.",
                 ),
-                share("shape_end_percent", 0.8, "Where the shape is let go; later keeps the outline tighter."),
+                share(
+                    "shape_end_percent",
+                    1.0,
+                    "Where the shape is let go; earlier leaves the outline looser and the texture freer.",
+                ),
                 share("shape_query", 1.0, "Share of the shape's queries: 1 keeps the layout, 0.75 is StyleID's."),
                 share(
                     "shape_features", 1.0, "Share of the shape's features in a UNet's decoder (Ctrl-X, Plug-and-Play)."

@@ -150,7 +150,7 @@ def kv_injection(studio: Studio) -> Panels:
 
 def custom_preset(studio: Studio) -> Panels:
     graph = studio.base()
-    numbers = {"start_percent": 0.0, "end_percent": 1.0, "shape_end_percent": 0.8, "shape_query": 1.0}
+    numbers = {"start_percent": 0.0, "end_percent": 1.0, "shape_end_percent": 1.0, "shape_query": 1.0}
     more = {"shape_features": 1.0, "contrast": 1.0, "temperature": 1.0, "reference_bias": 0.0}
     rest = {"shape_sites": "", "match_statistics": False, "rows": "all"}
     for name, reference, sites in (

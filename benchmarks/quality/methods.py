@@ -18,7 +18,7 @@ from demo.model import DemoModel
 from demo.vit import BACKBONE
 from demo.weights import FOLDER
 from inversion_core.correspondence import CorrespondenceBank, Matching
-from inversion_core.cross_feature import Rest, cross_feature, matches
+from inversion_core.cross_feature import cross_feature, matches
 from inversion_core.features import Backbone, TimmExtractor, load
 from inversion_core.hosts import comfy_color, comfy_injection
 from inversion_core.hosts.comfy_color import ColorGuidance
@@ -229,7 +229,6 @@ def crossed(
     *,
     matching: Matching | None = None,
     share: float = 1.0,
-    rest: Rest = "queries",
     end: float = 0.5,
     shape: Literal["a", "flat a"] = "a",
     shape_end: float | None = None,
@@ -240,7 +239,7 @@ def crossed(
     """
     a, b = studio.reference(pair, shape), studio.reference(pair, "b")
     found = matches(studio.see, a, [b], matching or Matching(), studio.pairs)
-    injection = cross_feature([b], a, found, share=share, rest=rest, window=Window(0.0, end))
+    injection = cross_feature([b], a, found, share=share, window=Window(0.0, end))
     if shape_end is not None:
         injection = replace(injection, shape_window=Window(0.0, shape_end))
     assert preset.color is not None
@@ -254,7 +253,7 @@ def _colored(studio: Studio, pair: Pair) -> Result:
     return studio.sample(pair, neutral(pair), model=comfy_color.attach(studio.demo.model, guidance))
 
 
-def _shape_until(end: float, preset: Preset = PRESETS["default"]) -> Preset:
+def _shape_until(end: float, preset: Preset) -> Preset:
     return replace(preset, steps=tuple(replace(step, shape_window=Window(0.0, end)) for step in preset.steps))
 
 
@@ -270,7 +269,6 @@ ATTENTION: dict[str, Method] = {
     **{name: partial(injected, preset) for name, preset in PRESETS.items()},
     "cross-feature": partial(crossed, PRESETS["default"]),
     "cross-feature, throughout": partial(crossed, PRESETS["default"], end=1.0),
-    "cross-feature, no queries": partial(crossed, PRESETS["default"], end=1.0, rest="own"),
 }
 OURS: dict[str, Method] = {
     "default + flat shape": partial(injected, PRESETS["default"], shape="flat a"),
@@ -296,8 +294,11 @@ UNET_ONLY = {name for name, preset in PRESETS.items() if not any(step.blocks for
 SHAPE_ENDS = (0.8, 0.9, 1.0)
 """What the shape's end was chosen among, on tuning pairs (docs/presets.md)."""
 SHAPE_END: dict[str, Method] = {
-    **{f"shape until {end:.0%}": partial(injected, _shape_until(end)) for end in SHAPE_ENDS},
-    **{f"flat shape until {end:.0%}": partial(injected, _shape_until(end), shape="flat a") for end in SHAPE_ENDS},
+    **{f"shape until {end:.0%}": partial(injected, _shape_until(end, PRESETS["default"])) for end in SHAPE_ENDS},
+    **{
+        f"flat shape until {end:.0%}": partial(injected, _shape_until(end, PRESETS["default"]), shape="flat a")
+        for end in SHAPE_ENDS
+    },
     **{
         f"cross-feature, shape until {end:.0%}": partial(crossed, PRESETS["default"], shape_end=end)
         for end in SHAPE_ENDS

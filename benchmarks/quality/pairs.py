@@ -11,8 +11,8 @@ from torch import Tensor
 
 from demo import world
 
-FIRST_SEED = 400_000
-"""Judged pairs. Disjoint from training (a million and up), from the other benchmarks and from the tuning pairs."""
+FIRST_SEED = 500_000
+"""Judged pairs. With what they draw B and C from, disjoint from training, from the other benchmarks and from tuning."""
 TUNING_SEED = 50_000
 """Pairs that values may be chosen on."""
 

@@ -10,12 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import appearance_loss, color, correspondence, demo_model
+from benchmarks.inversion import concepts
 from benchmarks.quality import kept, methods, state
 from benchmarks.quality.__main__ import _methods, markdown, summary, with_gain
 from benchmarks.quality.measures import MEASURES, Judges, measure
 from benchmarks.quality.methods import ATTENTION, DIT_PAGE, OURS, PLACED, UNET_ONLY, Studio
 from benchmarks.quality.pairs import Pair, pairs
 from demo.model import load_demo_model
+from demo.train import autoencoder, judge, latents, vit
+from demo.train.data import TRAINING_SEED
 from inversion_core.presets import PRESETS
 
 DEFAULT = partial(methods.injected, PRESETS["default"])
@@ -33,6 +37,8 @@ def studio() -> Studio:
 
 def test_every_method_has_a_state_of_its_own() -> None:
     everything = {name: one for group in methods.GROUPS.values() for name, one in group.items()}
+    for name in ("shape until 100%", "flat shape until 100%"):  # what was chosen: the default itself
+        del everything[name]
     states = [state.state_of(one, network) for one in everything.values() for network in state.NETWORKS]
     assert len(set(states)) == len(states) == 2 * len(everything)
 
@@ -179,3 +185,21 @@ def test_gain_is_over_the_plain_method_on_the_same_pair() -> None:
     assert [row["gain"] for row in found["other"]] == [0.75, 0.0]
     assert [row["gain"] for row in found["plain"]] == [0.0, 0.0]
     assert with_gain(results, "absent") == results
+
+
+def test_no_judged_picture_was_trained_on_tuned_on_or_drawn_by_another_benchmark() -> None:
+    def drawn(first: int) -> set[range]:
+        """Seeds of A, and of B and C, which are drawn again where they are too much like A."""
+        return {range(first, first + 1000), *(range(first + far, first + far + 1100) for far in (10**7, 2 * 10**7))}
+
+    steps = 10_000  # more than any recipe has
+    trained = {
+        range(TRAINING_SEED, TRAINING_SEED + max(latents.PICTURES, autoencoder.BATCH * steps)),
+        range(judge.FIRST_SEED, judge.FIRST_SEED + judge.BATCH * steps),
+        range(vit.FIRST_SEED, vit.FIRST_SEED + 2 * vit.BATCH * steps),
+    }
+    modules = (appearance_loss, color, correspondence, demo_model, concepts)
+    others = {range(module.FIRST_SEED, module.FIRST_SEED + 10_000) for module in modules}
+    for judged in drawn(pairs(1, tuning=False)[0].seed):
+        for seeds in trained | others | drawn(pairs(1, tuning=True)[0].seed):
+            assert judged.stop <= seeds.start or seeds.stop <= judged.start, (judged, seeds)
