@@ -150,10 +150,12 @@ class ReferenceTokens:
     `log strength`. 0 leaves the reference out. In `replace` the strongest is read fully, whatever its strength."""
     q: Tensor | None = None
     """(B or 1, H, N_ref, D): needed by `qk_stats` only."""
+    k_stats: Tensor | None = None
+    """(B or 1, H, N_ref, D): the keys whose statistics `qk_stats` takes, where they are not those that are read."""
 
     def __post_init__(self) -> None:
         _require_range("reference strength", self.strength, 0, 1e4, "0 leaves it out, 1 is neutral")
-        for name, x in (("v", self.v), ("q", self.q)):
+        for name, x in (("v", self.v), ("q", self.q), ("k_stats", self.k_stats)):
             if x is not None and x.shape != self.k.shape:
                 raise ValueError(
                     f"reference {name} is {tuple(x.shape)} but its k is {tuple(self.k.shape)}: "
@@ -441,8 +443,8 @@ def _without_hidden(reference: ReferenceTokens) -> ReferenceTokens:
     if reference.mask is None:
         return reference
     hidden = (reference.mask <= 0)[:, None, :, None]
-    q = None if reference.q is None else reference.q.masked_fill(hidden, 0)
-    return replace(reference, k=reference.k.masked_fill(hidden, 0), v=reference.v.masked_fill(hidden, 0), q=q)
+    seen = {name: getattr(reference, name) for name in ("k", "v", "q", "k_stats")}
+    return replace(reference, **{name: x.masked_fill(hidden, 0) for name, x in seen.items() if x is not None})
 
 
 def _reference_statistics(references: Sequence[ReferenceTokens], b: int) -> tuple[ChannelStatistics, ChannelStatistics]:
@@ -461,7 +463,7 @@ def _reference_statistics(references: Sequence[ReferenceTokens], b: int) -> tupl
     weight = None if plain else _concatenate(weights, dim=1)
     query, key = (
         channel_statistics(_concatenate(x, dim=2).expand(b, -1, -1, -1), weight, layout="tokens")
-        for x in (queries, [r.k for r in references])
+        for x in (queries, [r.k if r.k_stats is None else r.k_stats for r in references])
     )
     return query, key
 

@@ -63,6 +63,8 @@ class Injection:
         match_window: when they do, inside `window`; otherwise `edit.matched` counts as 0.
         mask: (1, 1, h, w) in [0, 1], 1 where the output is edited; any size, resized to each site; None: everywhere.
         rows: edit every row of the batch, or only those of the positive prompt.
+        positions: where models that turn places into queries and keys (RoPE) see the appearance references: beside the
+            picture, where nothing is drawn to the same place, or over it. Without effect on others.
 
     Raises:
         ValueError: no reference, a share outside its range, an empty mask, not one match for each appearance reference.
@@ -81,6 +83,7 @@ class Injection:
     match_window: Window = field(default_factory=Window)
     mask: Tensor | None = None
     rows: Literal["all", "positive"] = "all"
+    positions: Literal["own", "shared"] = "own"
 
     def __post_init__(self) -> None:
         if not self.references:

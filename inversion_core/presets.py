@@ -35,6 +35,7 @@ class Step:
     shape_sites: str | None = None
     feature_strength: float = 0.0
     rows: Literal["all", "positive"] = "all"
+    positions: Literal["own", "shared"] = "own"
     blocks: str | None = None
     shape_blocks: str | None = None
 
@@ -109,6 +110,7 @@ class Preset:
                     feature_strength=step.feature_strength * shape_strength,
                     mask=mask,
                     rows=step.rows,
+                    positions=step.positions,
                 )
             )
         return tuple(made)

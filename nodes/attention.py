@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from comfy_api.latest import io, ui
 from torch import Tensor
@@ -197,6 +197,15 @@ class CustomPreset(io.ComfyNode):
                     tooltip="'positive' edits the positive prompt alone, so that cfg leads towards the edit.",
                 ),
                 io.Model.Input("model", optional=True, tooltip="Shows which of its blocks are chosen."),
+                io.Combo.Input(
+                    "positions",
+                    options=["own", "shared"],
+                    default="own",
+                    optional=True,
+                    **rarely_changed(),
+                    tooltip="Where Flux, Chroma, Qwen-Image, Wan, Lumina2 and Z-Image see the appearance: 'own' beside "
+                    "the picture, so that nothing is drawn to the same place; 'shared' over it. No effect on others.",
+                ),
             ],
             outputs=[Preset.Output(display_name="preset", tooltip="For KV Injection's input 'custom'.")],
         )
@@ -218,6 +227,7 @@ class CustomPreset(io.ComfyNode):
         match_statistics,
         rows,
         model=None,
+        positions: Literal["own", "shared"] = "own",
     ) -> io.NodeOutput:
         edit = AttentionEdit(
             reference,
@@ -229,7 +239,7 @@ class CustomPreset(io.ComfyNode):
         )
         windows = Window(start_percent, end_percent), Window(0.0, shape_end_percent)
         layout = shape_sites.strip() or None
-        step = Step(edit, sites, *windows, layout, shape_features, rows, blocks=sites, shape_blocks=layout)
+        step = Step(edit, sites, *windows, layout, shape_features, rows, positions, blocks=sites, shape_blocks=layout)
         preset = PresetValue("custom", "Custom Preset", (step,))
         if model is None:
             return io.NodeOutput(preset)

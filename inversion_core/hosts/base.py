@@ -61,11 +61,14 @@ class Crop(NamedTuple):
 
     def of(self, maps: Tensor, grid: Grid, mode: str) -> Tensor:
         """Maps (B, C, h, w) over the whole picture -> (B, C, *grid), the part that a call with this grid sees."""
-        rows, columns = self.whole(grid)
-        whole = _resize(maps, Grid(rows, columns), mode)
-        top = round(self.top * rows / self.full.height)
-        left = round(self.left * columns / self.full.width)
+        whole = _resize(maps, self.whole(grid), mode)
+        top, left = self.corner(grid)
         return whole[:, :, top : top + grid.height, left : left + grid.width]
+
+    def corner(self, grid: Grid) -> tuple[int, int]:
+        """Row and column in the whole picture's grid where the part that a call with this grid sees begins."""
+        rows, columns = self.whole(grid)
+        return round(self.top * rows / self.full.height), round(self.left * columns / self.full.width)
 
 
 def tokens_to_map(tokens: Tensor, grid: Grid) -> Tensor:

@@ -2,7 +2,8 @@
 
 Modulation, normalisation and rotary places enter before any hook of these models is called, so what is kept of a
 reference is what its own pass gave to the attention: keys and values of its picture (and queries where an edit needs
-them). That is twice what hidden states would be; a reference keeps its own places; and a LoRA makes a new model of it.
+them). That is twice what hidden states would be, and a LoRA makes a new model of it. Keys are turned on to where the
+injection wants the reference to lie (`places`).
 
 Inside a run, ComfyUI's `optimized_attention_override` is called for every attention call. Where a call belongs is told
 by the block's number that the model gives, and counted where it gives none. In a joint attention only the picture's
@@ -24,10 +25,11 @@ from ..attention import Beside
 from ..injection import Injection
 from ..sites import Site
 from . import comfy_run
-from .base import Grid, HostError
+from .base import Grid, HostError, tokens_to_map
 from .comfy_attention import Chained, Options
 from .comfy_run import KEY, Given, Run
 from .families import Block, Call, Family, Layout, Sequences, family_of
+from .places import Place, Places, turned
 from .session import AttentionCall, Rows, Session, States, stored
 
 
@@ -39,6 +41,8 @@ def attach(model: comfy.model_patcher.ModelPatcher, *injections: Injection) -> c
 @dataclass
 class DiTRun(Run):
     """One sampling run with a diffusion transformer."""
+
+    _turns: dict[tuple[Place, torch.device], Tensor] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,8 +91,9 @@ class DiTRun(Run):
         def keep(joint: _Joint) -> Tensor:
             for role, x in (("q", joint.q), ("k", joint.k), ("v", joint.v)):
                 if stored(joint.site.name, role) in names:
-                    part = x[:, :, joint.layout.picture].transpose(2, 3).flatten(1, 2)
-                    states[stored(joint.site.name, role)] = part.unflatten(2, joint.layout.grid)
+                    places, tokens = self._places(joint.layout), joint.tokens(x)
+                    tokens = tokens if places is None or role == "v" else places.kept(tokens)
+                    states[stored(joint.site.name, role)] = tokens_to_map(tokens, joint.layout.grid)
             return joint.plain()
 
         def listen(
@@ -106,10 +111,25 @@ class DiTRun(Run):
     def _edited(self, rows: list[Rows]) -> Callable[[_Joint], Tensor]:
         def edited(joint: _Joint) -> Tensor:
             q = joint.tokens(joint.q)
-            call = self.session.prepare(joint.site.name, q, joint.layout.grid, rows, None)
+            places = self._places(joint.layout)
+            call = self.session.prepare(joint.site.name, q, joint.layout.grid, rows, None, places)
             return joint.plain() if call is None else joint.edited(call, q)
 
         return edited
+
+    def _places(self, layout: Layout) -> Places | None:
+        rotary = family_of(self.model).rotary
+        return None if rotary is None else Places(rotary.first(layout), rotary.centred, self._move)
+
+    def _move(self, x: Tensor, by: Place) -> Tensor:
+        """Tokens moved as this model itself would turn them; each turn is made once a run."""
+        rotary, key = family_of(self.model).rotary, (by, x.device)
+        assert rotary is not None
+        if key not in self._turns:
+            embedder = getattr(self.model, rotary.embedder)
+            place = (*by, *(0 for _ in embedder.axes_dim[len(by) :]))
+            self._turns[key] = embedder(torch.tensor([[place]], device=x.device, dtype=torch.float32))[0, 0, 0]
+        return turned(x, self._turns[key])
 
 
 @dataclass
@@ -308,7 +328,7 @@ def _require_same_size(reference: torch.Size, picture: torch.Size, family: Famil
             f"the picture is a video of {picture[2]} latent frames, and a still shape reference cannot lay it out: "
             "disconnect the shape reference, the appearance works alone"
         )
-    if family.rotary and reference[-2:] != picture[-2:]:
+    if family.rotary is not None and reference[-2:] != picture[-2:]:
         raise HostError(
             f"the shape reference's latent has {reference[-2]} x {reference[-1]} cells, but the picture's has "
             f"{picture[-2]} x {picture[-1]}: on {family.name} both must be of one size, resize the shape's image"

@@ -55,6 +55,21 @@ class Sequences(NamedTuple):
     conds: Mapping[str, Any]
 
 
+class Rotary(NamedTuple):
+    """Places turned into queries and keys, in pairs of neighbouring channels.
+
+    Attributes:
+        embedder: what of the model makes turns (1, 1, N, D / 2, 2, 2) of places (1, N, axes): frame, row, column,
+            others.
+        centred: whether rows and columns are counted from the middle of a picture.
+        first: the number of the picture's first frame.
+    """
+
+    embedder: str
+    centred: bool = False
+    first: Callable[[Layout], int] = lambda layout: 0
+
+
 @dataclass(frozen=True)
 class Family:
     """One kind of diffusion transformer.
@@ -64,7 +79,8 @@ class Family:
         model: ComfyUI's class.
         calls: a model's attention calls in their order.
         layout: the tokens of the joint attention.
-        rotary: whether queries and keys come with their places turned into them, so that they cannot be resized.
+        rotary: how queries and keys come with their places turned into them (they cannot be resized then); None: they
+            do not.
         appearance: which sites the presets read the appearance at. From the published editing methods for such models;
             not measured here on the large ones.
     """
@@ -73,7 +89,7 @@ class Family:
     model: str
     calls: Callable[[Any], Iterator[Call]]
     layout: Callable[[Any, Sequences], Layout]
-    rotary: bool
+    rotary: Rotary | None
     appearance: str
 
     def sites(self, model: Any) -> list[Site]:
@@ -202,14 +218,21 @@ def _wan_layout(model: Any, of: Sequences) -> Layout:
 FAMILIES = {
     family.model: family
     for family in (
-        Family("Flux", "comfy.ldm.flux.model.Flux", _flux_calls, _text_picture_others, True, "single"),
-        Family("Chroma", "comfy.ldm.chroma.model.Chroma", _flux_calls, _text_picture_others, True, "single"),
+        Family("Flux", "comfy.ldm.flux.model.Flux", _flux_calls, _text_picture_others, Rotary("pe_embedder"), "single"),
+        Family(
+            "Chroma",
+            "comfy.ldm.chroma.model.Chroma",
+            _flux_calls,
+            _text_picture_others,
+            Rotary("pe_embedder"),
+            "single",
+        ),
         Family(
             "SD3",
             "comfy.ldm.modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper",
             _sd3_calls,
             _sd3_layout,
-            False,
+            None,
             "all",
         ),
         Family(
@@ -217,12 +240,24 @@ FAMILIES = {
             "comfy.ldm.qwen_image.model.QwenImageTransformer2DModel",
             _qwen_calls,
             _text_picture_others,
-            True,
+            Rotary("pe_embedder", centred=True),
             "mid, late",
         ),
-        Family("Wan", "comfy.ldm.wan.model.WanModel", _wan_calls, _wan_layout, True, "mid, late"),
         Family(
-            "Lumina2 and Z-Image", "comfy.ldm.lumina.model.NextDiT", _lumina_calls, _lumina_layout, True, "mid, late"
+            "Wan",
+            "comfy.ldm.wan.model.WanModel",
+            _wan_calls,
+            _wan_layout,
+            Rotary("rope_embedder", first=lambda layout: int(layout.before > 0)),  # a reference picture is frame 0
+            "mid, late",
+        ),
+        Family(
+            "Lumina2 and Z-Image",
+            "comfy.ldm.lumina.model.NextDiT",
+            _lumina_calls,
+            _lumina_layout,
+            Rotary("rope_embedder", first=lambda layout: layout.before + 1),  # the prompt's tokens are frames 1, 2, ...
+            "mid, late",
         ),
     )
 }

@@ -15,6 +15,7 @@ import itertools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ from ..reference import Reference
 from ..sites import Site, select
 from ..statistics import standardise
 from .base import Crop, Grid, map_to_tokens, mask_to_tokens, tokens_to_map
+from .places import Places
 from .report import Report
 
 States = dict[str, Tensor]
@@ -222,7 +224,13 @@ class Session:
         return h
 
     def prepare(
-        self, site: str, n: Tensor, grid: Grid, rows: Sequence[Rows], layer: Layer | None
+        self,
+        site: str,
+        n: Tensor,
+        grid: Grid,
+        rows: Sequence[Rows],
+        layer: Layer | None,
+        places: Places | None = None,
     ) -> AttentionCall | None:
         """What is to be done to a self-attention call, or None.
 
@@ -232,6 +240,7 @@ class Session:
             grid: rows and columns of these tokens.
             rows: the prompts that the batch consists of.
             layer: the layer's projections; None where the states are projected already.
+            places: where the tokens are; None where queries and keys know nothing of it.
         """
         parts, hidden = [], n
         for plan, appearance, states, matching in self._now:
@@ -246,6 +255,8 @@ class Session:
             part = _Part(injection, edit, [], self.projected)
             if edit.matched < 1:
                 part.reads = [self._readable(one, found, site, edit, n) for one, found in reads]
+                if places is not None:
+                    part.reads = [_placed(one, places, grid, injection) for one in part.reads]
             if edit.matched > 0:
                 source = stored(site, "v") if self.projected else site
                 part.matched = self._matched(site, injection, [found[source] for _, found in reads], grid, rows, n)
@@ -254,7 +265,7 @@ class Session:
             if reads and injection.shape is not None and injection.shape.mask is not None:
                 part.around = self._mask(injection.shape.mask, grid, rows, n)
             if shape is not None and _asks(part) and (edit.shape_query > 0 or edit.shape_key > 0):
-                part.shape, part.shape_keys = self._layout(shape, site, edit, grid, rows, n)
+                part.shape, part.shape_keys = self._layout(shape, site, edit, grid, rows, n, places)
             if edit.reference == "normalise":
                 assert layer is not None  # hosts with projected states refuse it
                 hidden = _normalised(part, hidden, rows, layer)
@@ -265,13 +276,27 @@ class Session:
         return AttentionCall(site, hidden, parts, rows, self.report, self._measuring, change)
 
     def _layout(
-        self, states: States, site: str, edit: AttentionEdit, grid: Grid, rows: Sequence[Rows], like: Tensor
+        self,
+        states: States,
+        site: str,
+        edit: AttentionEdit,
+        grid: Grid,
+        rows: Sequence[Rows],
+        like: Tensor,
+        places: Places | None,
     ) -> tuple[Tensor, Tensor | None]:
         """The shape reference's tokens that queries are made of, and those that keys are; None where none are."""
-        q = _for_rows(states[stored(site, "q") if self.projected else site], grid, "bilinear", rows, like)
+
+        def tokens(name: str) -> Tensor:
+            maps = states[name]
+            seen = Grid(*maps.shape[-2:])
+            move = None if places is None else partial(places.within, seen=seen, picture=grid)
+            return _for_rows(maps, grid, "bilinear", rows, like, move)
+
+        q = tokens(stored(site, "q") if self.projected else site)
         if edit.shape_key == 0:
             return q, None
-        return q, _for_rows(states[stored(site, "k")], grid, "bilinear", rows, like) if self.projected else q
+        return q, tokens(stored(site, "k")) if self.projected else q
 
     def _readable(
         self, reference: Reference, states: States, site: str, edit: AttentionEdit, like: Tensor
@@ -351,6 +376,8 @@ class _Readable(NamedTuple):
     v: Tensor
     kept: Tensor | None
     grid: Grid
+    k_stats: Tensor | None = None
+    """The keys over the picture, where statistics are matched and `k` may lie beside it."""
 
 
 class _Place(NamedTuple):
@@ -397,12 +424,12 @@ class _Joined:
 
 class _Places(NamedTuple):
     """Where a part's tokens lie: the shape's queries and keys; the values that features chose; each appearance
-    reference's queries, keys and values."""
+    reference's queries, keys and values, and keys for statistics."""
 
     shape_q: _Place | None
     shape_k: _Place | None
     matched: _Place | None
-    reads: list[tuple[_Place | None, _Place, _Place]]
+    reads: list[tuple[_Place | None, _Place, _Place, _Place | None]]
 
 
 @dataclass
@@ -511,7 +538,15 @@ class AttentionCall:
                 None if part.shape is None else q.add(part.shape),
                 None if shape_k is None else k.add(shape_k),
                 None if part.matched is None else v.add(part.matched),
-                [(q.add(x.q) if edit.qk_stats else None, k.add(x.k), v.add(x.v)) for x in reads],
+                [
+                    (
+                        q.add(x.q) if edit.qk_stats else None,
+                        k.add(x.k),
+                        v.add(x.v),
+                        None if x.k_stats is None else k.add(x.k_stats),
+                    )
+                    for x in reads
+                ],
             )
         keys = k.tokens()
         return q.tokens(), keys, keys if v.same(k) else v.tokens()
@@ -594,9 +629,13 @@ class AttentionCall:
             shape = Tokens(*(_of_rows(x, at) for x in shape))
         references = [
             ReferenceTokens(
-                at_k.of(k), at_v.of(v), strength=one.reference.strength, q=None if at_q is None else at_q.of(q)
+                at_k.of(k),
+                at_v.of(v),
+                strength=one.reference.strength,
+                q=None if at_q is None else at_q.of(q),
+                k_stats=None if at_stats is None else at_stats.of(k),
             )
-            for one, (at_q, at_k, at_v) in zip(part.reads, part.at.reads, strict=False)
+            for one, (at_q, at_k, at_v, at_stats) in zip(part.reads, part.at.reads, strict=False)
         ]
         if edit.reference == "normalise":  # the hidden state has been changed already
             edit = replace(edit, reference="none")
@@ -617,7 +656,7 @@ class AttentionCall:
         if part.reads and part.edit.reference in ("replace", "extend"):
             asking = part.at.shape_q if part.edit.shape_query > 0 else self.own[0]
             assert asking is not None  # while measuring, everything is projected
-            first, (_, read, _) = part.reads[0], part.at.reads[0]
+            first, (_, read, *_) = part.reads[0], part.at.reads[0]
             row = next(at.start for at, edited in part.groups(self.rows, self.tiles) if edited)
             share = reading_map(_of_rows(asking.of(q), slice(row, row + 1)), read.of(k))[0]
             self.report.look(self.site, share, first.kept, first.grid)
@@ -689,13 +728,35 @@ def _needs_keys(part: _Part) -> bool:
     return _needs_values(part) and (part.shape_keys is None or part.edit.shape_key < 1)
 
 
-def _for_rows(maps: Tensor, grid: Grid, mode: str, rows: Sequence[Rows], like: Tensor) -> Tensor:
+def _for_rows(
+    maps: Tensor,
+    grid: Grid,
+    mode: str,
+    rows: Sequence[Rows],
+    like: Tensor,
+    move: Callable[..., Tensor] | None = None,
+) -> Tensor:
     """Maps (1, c, h, w) over the whole picture at the tokens (B, N, c) that each row sees; (1, N, c) where all see the
-    same part."""
+    same part. `move` changes what a part of the picture is given."""
+
+    def seen(crop: Crop) -> Tensor:
+        tokens = map_to_tokens(crop.of(maps, grid, mode)).to(like)
+        return tokens if move is None else move(tokens, crop=crop)
+
     if all(row.crop == rows[0].crop for row in rows):
-        return map_to_tokens(rows[0].crop.of(maps, grid, mode)).to(like)
-    seen = [map_to_tokens(row.crop.of(maps, grid, mode)).expand(row.stop - row.start, -1, -1) for row in rows]
-    return torch.cat(seen).to(like)
+        return seen(rows[0].crop)
+    return torch.cat([seen(row.crop).expand(row.stop - row.start, -1, -1) for row in rows])
+
+
+def _placed(one: _Readable, places: Places, grid: Grid, injection: Injection) -> _Readable:
+    """A reference's keys at their places for a picture of this grid; statistics are of tokens at the picture's own."""
+    statistics = injection.edit.qk_stats
+    over = places.over(one.k) if statistics or injection.positions == "shared" else None
+    k = places.beside(one.k, one.grid, grid) if injection.positions == "own" else over
+    assert k is not None  # as one of the two is asked for
+    return one._replace(
+        k=k, q=places.over(one.q) if statistics else k, k_stats=over if statistics and k is not over else None
+    )
 
 
 def _of_rows(x: Tensor, at: slice) -> Tensor:

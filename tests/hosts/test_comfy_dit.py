@@ -26,7 +26,7 @@ from inversion_core.injection import Injection, Window
 from inversion_core.presets import PRESETS
 from inversion_core.reference import Reference
 
-from .dit_models import KINDS, TEXT, Kind, evaluations
+from .dit_models import KINDS, TEXT, WIDTH, Kind, evaluations
 from .models import Patcher, random, sample, with_low_memory, with_record_of_rows
 
 ROUNDING: dict[str, Any] = {"atol": 2e-4, "rtol": 1e-3}
@@ -185,7 +185,52 @@ def plain(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None = None) -> Tens
     return e / e.sum(dim=-1, keepdim=True) @ v
 
 
-@pytest.mark.parametrize("edit", ["replace", "extend", "shape", "masked", "half"])
+def moved(name: str, x: Tensor, frame: int = 0, row: int = 0, column: int = 0) -> Tensor:
+    """Queries or keys (B, H, N, D) of tokens as they would be further on: RoPE as it is written, in float64."""
+    if name == "sd3":
+        return x
+    axes = zip((frame, row, column), (8, 4, 4) if name.startswith("wan") else (4, 6, 6), strict=True)
+    angles = torch.tensor([by * 10_000.0 ** (-i / width) for by, width in axes for i in range(0, width, 2)]).double()
+    even, odd = x.double()[..., ::2], x.double()[..., 1::2]
+    return torch.stack(
+        (even * angles.cos() - odd * angles.sin(), even * angles.sin() + odd * angles.cos()), dim=-1
+    ).flatten(-2)
+
+
+def beside(name: str, keys: Tensor) -> Tensor:
+    """Keys of B, 7 tokens wide, left of a picture of 8: Qwen-Image counts from the middle of each."""
+    return moved(name, keys, column=-4 - (-3) - 7 if name == "qwen" else -7)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "sd3"])
+def test_a_moved_key_is_the_models_own_at_that_place(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model itself is told other places for the picture's tokens; its first joint attention is compared."""
+    subject = Subject(name)
+    unet = subject.model.model.diffusion_model
+    embedder = unet.rope_embedder if hasattr(unet, "rope_embedder") else unet.pe_embedder
+    where, by = layout(name, (10, 14)), torch.tensor((2.0, 3.0, -7.0))
+    keys = []
+    for shift in (0, 1):
+        BANK.clear()
+        with monkeypatch.context() as patch, attentions(patch) as seen:
+            own = type(embedder).forward
+
+            def told(self: Any, ids: Tensor, shift: int = shift, own: Any = own) -> Tensor:
+                ids = ids.clone()
+                ids[:, where.before :] += shift * by  # with what fills the picture up
+                return own(self, ids)
+
+            patch.setattr(type(embedder), "forward", told)
+            # The injection's own turns are not looked at here: only what the reference's pass gives.
+            patch.setattr(comfy_dit.DiTRun, "_move", lambda self, x, place: x)
+            subject.sample(attach(subject.model, reads(B)), steps=1, cfg=1.0)
+        first = seen[where.call - (2 if name.startswith("wan") else 1)]
+        keys.append(first[1][:, :, where.before : where.before + where.picture])
+    torch.testing.assert_close(keys[1], moved(name, keys[0], 2, 3, -7), atol=1e-4, rtol=1e-4)
+    assert change(keys[1], keys[0]) > 0.1
+
+
+@pytest.mark.parametrize("edit", ["replace", "shared", "extend", "statistics", "shape", "masked", "half"])
 @pytest.mark.parametrize("name", KINDS)
 def test_the_edited_attention_is_what_is_written_down(name: str, edit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the queries, keys and values that the model itself gave, for the reference and for the picture."""
@@ -196,7 +241,9 @@ def test_the_edited_attention_is_what_is_written_down(name: str, edit: str, monk
     mask[..., 4:8] = 1
     injection = {
         "replace": reads(B, sites=SITE),
+        "shared": reads(B, sites=SITE, positions="shared"),
         "extend": reads(B, sites=SITE, edit=AttentionEdit("extend", reference_bias=0.5)),
+        "statistics": reads(B, sites=SITE, edit=AttentionEdit("extend", qk_stats=True)),
         "shape": reads(B, sites=SITE, edit=AttentionEdit(shape_query=1.0), shape=A),
         "masked": reads(replace(B, mask=mask), sites=SITE, mask=LEFT),
         "half": reads(B, sites=SITE, edit=AttentionEdit(strength=0.5)),
@@ -207,7 +254,7 @@ def test_the_edited_attention_is_what_is_written_down(name: str, edit: str, monk
     calls = len(seen) // (3 if edit == "shape" else 2)
     ours, theirs = layout(name, cells, frames), layout(name, (10, 14))  # type: ignore[arg-type]
     q, k, v, out = seen[-calls + ours.call]
-    _, ref_k, ref_v, _ = seen[theirs.call]
+    ref_q, ref_k, ref_v, _ = seen[theirs.call]
     picture = slice(ours.before, ours.before + ours.picture)
     assert q.shape[2] == ours.before + ours.picture + ours.after
 
@@ -217,7 +264,12 @@ def test_the_edited_attention_is_what_is_written_down(name: str, edit: str, monk
     torch.testing.assert_close(out[:, :, others], untouched[:, :, others], atol=1e-5, rtol=1e-4)
 
     asking = q[:, :, picture]
-    ref_k, ref_v = (x[:, :, theirs.before : theirs.before + theirs.picture] for x in (ref_k, ref_v))
+    ref_q, ref_k, ref_v = (x[:, :, theirs.before : theirs.before + theirs.picture] for x in (ref_q, ref_k, ref_v))
+    kept_k, kept_v = (k, v) if edit in ("extend", "statistics") else (k[:, :, others], v[:, :, others])
+    if edit == "statistics":
+        asking, kept_k = alike(asking, ref_q), k.clone()
+        kept_k[:, :, picture] = alike(k[:, :, picture], ref_k)
+    ref_k = ref_k if edit == "shared" else beside(name, ref_k)
     weight = torch.ones(theirs.picture, dtype=torch.float64)
     if edit == "extend":
         weight *= torch.tensor(0.5, dtype=torch.float64).exp()
@@ -225,7 +277,6 @@ def test_the_edited_attention_is_what_is_written_down(name: str, edit: str, monk
         weight = mask[0, 0, ::2, ::2].flatten().double()
     if edit == "shape":
         asking = seen[calls + ours.call][0][:, :, picture]
-    kept_k, kept_v = (k, v) if edit == "extend" else (k[:, :, others], v[:, :, others])
     weights = torch.cat((torch.ones(kept_k.shape[2], dtype=torch.float64), weight))
     keys, values = (torch.cat((x, y.expand(2, -1, -1, -1)), dim=2) for x, y in ((kept_k, ref_k), (kept_v, ref_v)))
     expected = plain(asking, keys, values, weights)
@@ -236,6 +287,64 @@ def test_the_edited_attention_is_what_is_written_down(name: str, edit: str, monk
         expected = torch.where(inside, expected, untouched[:, :, picture])
     torch.testing.assert_close(out[:, :, picture], expected.expand_as(out[:, :, picture]), atol=1e-5, rtol=1e-4)
     assert change(out[:, :, picture], untouched[:, :, picture]) > 1e-3
+
+
+def alike(x: Tensor, other: Tensor) -> Tensor:
+    """AdaIN over the tokens, each head and channel by itself."""
+    mean, other_mean = x.mean(dim=2, keepdim=True), other.mean(dim=2, keepdim=True)
+    std, other_std = (y.std(dim=2, keepdim=True, correction=0) for y in (x, other))
+    return (x - mean) / std * other_std + other_mean
+
+
+@pytest.mark.parametrize("name", ["lumina2", "z-image"])
+def test_places_after_prompts_of_another_length(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lumina counts the prompt's tokens before the picture; the reference is seen with the shorter negative prompt."""
+    subject = Subject(name)
+    longer = [[random(1, 40, WIDTH, seed=103), {}]]
+    for positions in ("shared", "own"):
+        BANK.clear()
+        with monkeypatch.context() as patch, attentions(patch) as seen:
+            injection = reads(B, sites=SITE, positions=positions)
+            subject.sample(attach(subject.model, injection), steps=1, cfg=1.0, positive=longer)
+        ours, theirs = layout(name, (12, 16)), layout(name, (10, 14))
+        text = 64 if name == "z-image" else 40  # filled up to a multiple of 32
+        q, k, v, out = seen[len(seen) // 2 + ours.call]
+        _, ref_k, ref_v, _ = seen[theirs.call]
+        picture = slice(text, text + ours.picture)
+        others = torch.ones(q.shape[2], dtype=torch.bool)
+        others[picture] = False
+        ref_k, ref_v = (x[:, :, theirs.before : theirs.before + theirs.picture] for x in (ref_k, ref_v))
+        ref_k = moved(name, ref_k, text - theirs.before, 0, 0 if positions == "shared" else -7)
+        keys, values = (
+            torch.cat((x[:, :, others], y.expand(2, -1, -1, -1)), dim=2) for x, y in ((k, ref_k), (v, ref_v))
+        )
+        torch.testing.assert_close(out[:, :, picture], plain(q[:, :, picture], keys, values), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["flux", "chroma", "qwen", "lumina2"])
+def test_a_shape_reaches_a_prompts_area_at_the_areas_own_places(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model counts the places of an area from the area's own corner (Qwen-Image from its middle)."""
+    subject = Subject(name)
+    injection = Injection(AttentionEdit("none", shape_query=1.0), sites=SITE, shape=A)
+    area = (8, 6, 4, 10) if subject.kind.latent[1:-2] == (16,) else (1, 8, 6, 0, 4, 10)  # height, width, top, left
+    with attentions(monkeypatch) as seen:
+        subject.sample(attach(subject.model, injection), steps=1, cfg=1.0, positive=subject.kind.prompt(101, area=area))
+    calls = len(seen) // 2
+    ours, theirs = layout(name, (8, 6)), layout(name, (12, 16))
+    q, k, v, out = seen[calls + ours.call]
+    asked = seen[theirs.call][0][:, :, theirs.before : theirs.before + theirs.picture]
+    asked = asked.unflatten(2, (6, 8))[:, :, 2:6, 5:8].flatten(2, 3)
+    middle = {"row": 3 - 2 - 2, "column": 4 - 1 - 5} if name == "qwen" else {"row": -2, "column": -5}
+    picture = slice(ours.before, ours.before + 4 * 3)
+    expected = plain(moved(name, asked, **middle).expand(2, -1, -1, -1), k, v)
+    torch.testing.assert_close(out[:, :, picture], expected, atol=1e-5, rtol=1e-4)
+    assert change(out[:, :, picture], plain(q[:, :, picture], k, v)) > 1e-3
+
+
+def test_an_area_that_is_no_whole_tokens_is_refused_with_a_shape(flux: Subject) -> None:
+    model = attach(flux.model, Injection(AttentionEdit("none", shape_query=1.0), sites="all", shape=A))
+    with pytest.raises(HostError, match=r"area of 7 x 6 latent cells.*multiples of 16 pixels"):
+        flux.sample(model, positive=flux.kind.prompt(101, area=(7, 6, 0, 0)))
 
 
 # --- rows, sizes, masks -----------------------------------------------------------------------------------------------
@@ -363,8 +472,8 @@ def test_pictures_that_the_prompt_brings_are_not_mistaken_for_the_output(
     others[picture] = False
     torch.testing.assert_close(out[:, :, others], plain(q, k, v)[:, :, others], atol=1e-5, rtol=1e-4)
     keys, values = (
-        torch.cat((x[:, :, others], y[:, :, TEXT:].expand(2, -1, -1, -1)), dim=2)
-        for x, y in ((k, seen[1][1]), (v, seen[1][2]))
+        torch.cat((x[:, :, others], y.expand(2, -1, -1, -1)), dim=2)
+        for x, y in ((k, beside(name, seen[1][1][:, :, TEXT:])), (v, seen[1][2][:, :, TEXT:]))
     )
     torch.testing.assert_close(out[:, :, picture], plain(q[:, :, picture], keys, values), atol=1e-5, rtol=1e-4)
 
@@ -452,7 +561,8 @@ def test_a_mask_over_keys_is_followed_and_one_over_pairs_refused(
     q, k, v, out = seen[len(seen) // 2 + 1]
     _, ref_k, ref_v, _ = seen[1]
     read_k, read_v = (
-        torch.cat((x[:, :, 3:TEXT], y[:, :, TEXT:].expand(2, -1, -1, -1)), dim=2) for x, y in ((k, ref_k), (v, ref_v))
+        torch.cat((x[:, :, 3:TEXT], y.expand(2, -1, -1, -1)), dim=2)
+        for x, y in ((k, beside("flux", ref_k[:, :, TEXT:])), (v, ref_v[:, :, TEXT:]))
     )
     torch.testing.assert_close(out[:, :, TEXT:], plain(q[:, :, TEXT:], read_k, read_v), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(out[:, :, :TEXT], plain(q[:, :, :TEXT], k[:, :, 3:], v[:, :, 3:]), atol=1e-5, rtol=1e-4)
