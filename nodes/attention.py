@@ -61,13 +61,23 @@ class KVInjection(io.ComfyNode):
                     default="default",
                     tooltip=f"Which method. 'default' is the best we know.\n{_SOURCES}",
                 ),
-                share("strength", 1.0, "How much of all this is injected. 0 is exactly the model without this node."),
-                share("shape_strength", 1.0, "How closely the layout follows the shape reference."),
+                share(
+                    "strength",
+                    1.0,
+                    "1 is the method in full. Lower it if too much of the appearance picture is copied. 0 is exactly "
+                    "the model without this node.",
+                ),
+                share(
+                    "shape_strength",
+                    1.0,
+                    "How closely the layout follows the shape reference. 1 keeps the outline; lower it if the shape "
+                    "picture's own light and dark show through.",
+                ),
                 share(
                     "color",
                     1.0,
                     "How much of the colours is matched besides, where the method does that (default, cross-image, "
-                    "visual-style, style-id). 0 leaves it to the attention.",
+                    "visual-style, style-id). Lower it if the result looks tinted; 0 leaves it to the attention.",
                 ),
                 io.Mask.Input(
                     "mask",
@@ -154,7 +164,10 @@ class CustomPreset(io.ComfyNode):
                 ),
                 share("shape_query", 1.0, "Share of the shape's queries: 1 keeps the layout, 0.75 is StyleID's."),
                 share(
-                    "shape_features", 1.0, "Share of the shape's features in a UNet's decoder (Ctrl-X, Plug-and-Play)."
+                    "shape_features",
+                    1.0,
+                    "Share of the shape's features in a UNet's decoder (Ctrl-X, Plug-and-Play). With much of it the "
+                    "shape picture's own texture may come along.",
                 ),
                 io.Float.Input(
                     "contrast",
@@ -172,7 +185,8 @@ class CustomPreset(io.ComfyNode):
                     max=10.0,
                     step=0.01,
                     **rarely_changed(),
-                    tooltip="Multiplies the attention's logits: above 1 is sharper (StyleID: 1.5).",
+                    tooltip="Multiplies the attention's logits: 1 leaves them, above is sharper (StyleID: 1.5), below "
+                    "blurs.",
                 ),
                 io.Float.Input(
                     "reference_bias",
@@ -181,7 +195,8 @@ class CustomPreset(io.ComfyNode):
                     max=10.0,
                     step=0.01,
                     **rarely_changed(),
-                    tooltip="With 'extend', how much more the reference counts: 0.69 doubles it (StyleAligned).",
+                    tooltip="With 'extend', how much more the reference counts: 0.69 doubles it (StyleAligned); very "
+                    "high reads nothing else.",
                 ),
                 io.Boolean.Input(
                     "match_statistics",

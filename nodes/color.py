@@ -47,7 +47,12 @@ class AdaINColorMatch(io.ComfyNode):
                 io.Mask.Input("reference_mask", optional=True, tooltip="What of the reference is measured."),
                 io.Combo.Input("method", options=list(get_args(Method)), default="mkl", tooltip=_METHODS),
                 io.Combo.Input("space", options=list(SPACES), default="CIELAB", tooltip="Where colours are matched."),
-                share("strength", 1.0, "0 is exactly the image that was put in."),
+                share(
+                    "strength",
+                    1.0,
+                    "1 is a full match; lower it if the result looks unnatural. 0 is exactly the image that was put "
+                    "in.",
+                ),
                 io.Boolean.Input(
                     "keep_luminance", default=False, tooltip="Only hue and chroma change; light and dark stay."
                 ),
@@ -56,7 +61,8 @@ class AdaINColorMatch(io.ComfyNode):
                     default=0,
                     min=0,
                     max=512,
-                    tooltip="Pixels over which the change fades in, from the mask's edge inwards.",
+                    tooltip="Pixels over which the change fades in, from the mask's edge inwards. A few hide the edge; "
+                    "many leave a rim in the old colour.",
                 ),
                 io.Combo.Input(
                     "frames",
@@ -121,7 +127,11 @@ class AdaINColorGuidance(io.ComfyNode):
                 io.Model.Input("model", tooltip="Any latent image or video model."),
                 Reference.Input("reference", tooltip="Whose colours are taken, inside its mask."),
                 io.Combo.Input("method", options=list(get_args(Method)), default="adain", tooltip=_METHODS),
-                share("strength", 1.0, "At its largest. 0 is exactly the model without this node."),
+                share(
+                    "strength",
+                    1.0,
+                    "1 is a full match; lower leaves the model more freedom. 0 is exactly the model without this node.",
+                ),
                 *window(
                     0.2,
                     "Where in the sampling it begins; before 0.2 there is little to match.",
@@ -132,7 +142,8 @@ class AdaINColorGuidance(io.ComfyNode):
                     "ramp",
                     options=["constant", "rising", "falling"],
                     default="constant",
-                    tooltip="Strength over the window: the same throughout, from 0 up, or down to 0.",
+                    tooltip="Strength over the window: the same throughout, from 0 up (the layout stays free), or down "
+                    "to 0 (a hint, then the model goes on by itself).",
                 ),
                 io.Mask.Input(
                     "mask",

@@ -16,7 +16,7 @@ from ..inversion_core.presets import DEFAULT
 from .attention import with_color
 from .features import PAIRS, matching_inputs, seeing
 from .host import output_mask, single_reference
-from .newer import found_by
+from .newer import found_by, rarely_changed
 from .sockets import FeatureExtractor, Reference
 from .widgets import share, window
 
@@ -40,8 +40,18 @@ class CrossFeatureAttention(io.ComfyNode):
                 Reference.Input("appearance", tooltip="Whose colours and textures the result takes; may be several."),
                 Reference.Input("shape", tooltip="Whose layout the result has, and whose parts are looked for."),
                 FeatureExtractor.Input("features", tooltip="From Load Feature Extractor."),
-                share("strength", 1.0, "How much of all this is injected. 0 is exactly the model without this node."),
-                share("share", 1.0, "How much of the reading the features decide, inside their window."),
+                share(
+                    "strength",
+                    1.0,
+                    "1 is the method in full. Lower it if too much of the appearance picture is copied. 0 is exactly "
+                    "the model without this node.",
+                ),
+                share(
+                    "share",
+                    1.0,
+                    "How much of the reading the features decide, inside their window; 0.5 is half and half with the "
+                    "rest.",
+                ),
                 io.Combo.Input(
                     "rest",
                     options=["queries", "own"],
@@ -58,10 +68,11 @@ class CrossFeatureAttention(io.ComfyNode):
                 io.String.Input(
                     "sites",
                     default="all",
+                    **rarely_changed(),
                     tooltip="Which self-attentions: all, encoder, middle, decoder, decoder.coarse, decoder.fine, "
                     "or the model's own blocks; see Custom Preset.",
                 ),
-                *matching_inputs(),
+                *matching_inputs(**rarely_changed()),
                 share("shape_strength", 1.0, "How closely the layout follows the shape besides."),
                 share("color", 1.0, "How much of the colours is matched besides, as in KV Injection."),
                 *seeing(),
@@ -70,6 +81,7 @@ class CrossFeatureAttention(io.ComfyNode):
                     default=0,
                     min=0,
                     max=100,
+                    **rarely_changed(),
                     tooltip="Look at the forming picture again every so many steps, for a result that does not keep "
                     "the shape's place. Needs the VAE. 0: look at the shape picture only.",
                 ),

@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 from ..demo import world
 from .host import embedding_folders
 from .newer import found_by
+from .widgets import fixed_seed
 
 if TYPE_CHECKING:
     from ..demo.model import Network
@@ -61,6 +62,7 @@ class DemoPicture(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ShapeAppearanceDemoPicture",
+            **found_by("example image", "toy picture", "test image"),
             display_name="Demo Picture",
             category="shape & appearance",
             description=(
@@ -78,13 +80,8 @@ class DemoPicture(io.ComfyNode):
                 io.Combo.Input("color", options=list(world.COLOURS), default="purple", tooltip="Of the object."),
                 io.Combo.Input("texture", options=list(world.TEXTURES), default="plain", tooltip="Of the object."),
                 io.Combo.Input("background", options=list(world.BACKGROUNDS), default="sky", tooltip="What is behind."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**32,
-                    control_after_generate=False,
-                    tooltip="Of all that is not chosen here: place, size, rotation, exact tones, width of stripes.",
+                fixed_seed(
+                    "seed", "Of all that is not chosen here: place, size, rotation, exact tones, width of stripes."
                 ),
                 io.Int.Input(
                     "size",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -112,8 +113,8 @@ def seeing() -> list[io.Input]:
     ]
 
 
-def matching_inputs() -> list[io.Input]:
-    """How the features of two pictures are matched."""
+def matching_inputs(**options: Any) -> list[io.Input]:
+    """How the features of two pictures are matched. `options` go to every input."""
     return [
         io.Float.Input(
             "temperature",
@@ -121,21 +122,29 @@ def matching_inputs() -> list[io.Input]:
             min=0.001,
             max=1.0,
             step=0.001,
-            tooltip="Small reads one place and stays crisp, large averages many.",
+            **options,
+            tooltip="Small reads one place and stays crisp, large averages many. 0.1 is a good beginning.",
         ),
         io.Int.Input(
-            "top_k", default=Matching.top_k, min=1, max=256, tooltip="How many places one part reads at most."
+            "top_k",
+            default=Matching.top_k,
+            min=1,
+            max=256,
+            **options,
+            tooltip="How many places one part reads at most. 1 is a hard choice.",
         ),
         share(
             "balance",
             Matching.balance,
             "0: each part reads what is most like it, even if that is always the same patch. 1: all of the "
-            "appearance is used equally much.",
+            "appearance is used equally much, even where it does not fit.",
+            **options,
         ),
         io.Combo.Input(
             "compare",
             options=["tokens", "keys"],
             default=Matching.descriptor,
+            **options,
             tooltip="Which features are compared. Keys follow outlines, tokens meaning.",
         ),
     ]

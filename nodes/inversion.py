@@ -18,31 +18,34 @@ from .inversion_files import save
 from .newer import found_by, rarely_changed
 from .sockets import Inversion
 from .training import fitted, learned, proposed
+from .widgets import fixed_seed
 
 CATEGORY = "shape & appearance/inversion"
 _TOKEN = "What stands for it in prompts, between < and >. A word the text encoder knows needs them here too: <chair>."
-_QUALITY = "How much is spent on a step: pictures at once, size of the token and of the offset."
+_QUALITY = (
+    "How much is spent on a step: pictures at once, size of the token and of the offset. fast: to try. thorough: for "
+    "what is complex, with much memory."
+)
 
 
 def _common(name: str, class_word: str) -> list:
     return [
         io.String.Input("token", default=name, tooltip=_TOKEN),
         io.String.Input("class_word", default=class_word, tooltip="What it is in plain words; learning begins there."),
-        io.Int.Input("steps", default=300, min=1, max=100_000, tooltip="More learn closer, and may obey prompts less."),
+        io.Int.Input(
+            "steps",
+            default=300,
+            min=1,
+            max=100_000,
+            tooltip="300 is a beginning. More learn closer, and may obey prompts less.",
+        ),
         io.Combo.Input("quality", options=list(get_args(Quality)), default="balanced", tooltip=_QUALITY),
     ]
 
 
 def _advanced() -> list:
     return [
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=2**53,
-            **rarely_changed(),
-            tooltip="Of noise, variants and the offset's beginning.",
-        ),
+        fixed_seed("seed", "Of noise, variants and the offset's beginning.", **rarely_changed()),
         io.Int.Input(
             "size",
             default=512,
@@ -60,7 +63,7 @@ def _outputs() -> list:
         Inversion.Output(display_name="inversion", tooltip="For Apply Inversion and Save Inversion."),
         io.Image.Output(display_name="loss plot", tooltip="The loss on fixed noise, step by step."),
         io.String.Output(display_name="report", tooltip="Steps, time and losses."),
-        io.Mask.Output(display_name="mask", tooltip="What was learned from, inside it."),
+        io.Mask.Output(display_name="mask", tooltip="Where the pictures were learned from."),
     ]
 
 
@@ -214,7 +217,7 @@ class ApplyInversion(io.ComfyNode):
                     min=-2.0,
                     max=2.0,
                     step=0.01,
-                    tooltip="0: <name> means the class word it began as. 1: what was learned.",
+                    tooltip="0: <name> means the class word it began as. 1: what was learned. Above 1 exaggerates.",
                 ),
                 io.Float.Input(
                     "offset_strength",
@@ -222,7 +225,8 @@ class ApplyInversion(io.ComfyNode):
                     min=-2.0,
                     max=2.0,
                     step=0.01,
-                    tooltip="How much of the learned change the model's weights get. 0: none.",
+                    tooltip="How much of the learned change the model's weights get: 1 as learned, 0 none. Lower it "
+                    "first if prompts are no longer obeyed.",
                 ),
             ],
             outputs=[

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import latent_preview
 from comfy_api.latest import io
+from tqdm import tqdm
 
 from ..inversion_core.hosts.comfy_noise import invert
 from .host import single_reference
 from .newer import found_by, rarely_changed
 from .sockets import Reference
+from .widgets import fixed_seed
 
 
 class InvertReference(io.ComfyNode):
@@ -39,16 +43,13 @@ class InvertReference(io.ComfyNode):
                     "pass a step.",
                 ),
                 io.Int.Input(
-                    "steps", default=20, min=1, max=1000, tooltip="More steps: closer to the picture, and slower."
+                    "steps",
+                    default=20,
+                    min=1,
+                    max=1000,
+                    tooltip="20 is a good beginning. More: closer to the picture, and slower.",
                 ),
-                io.Int.Input(
-                    "noise_seed",
-                    default=0,
-                    min=0,
-                    max=2**53,
-                    **rarely_changed(),
-                    tooltip="Of the noise of 'edit-friendly'; 'ddim' has none.",
-                ),
+                fixed_seed("noise_seed", "Of the noise of 'edit-friendly'; 'ddim' has none.", **rarely_changed()),
                 io.Conditioning.Input(
                     "conditioning",
                     optional=True,
@@ -65,7 +66,13 @@ class InvertReference(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, reference, policy, steps, noise_seed, conditioning=None) -> io.NodeOutput:
-        callback = latent_preview.prepare_callback(model, steps)
         one = single_reference(reference, "the")
-        found = invert(model, one, policy, steps, conditioning=conditioning, seed=noise_seed, callback=callback)
+        show = latent_preview.prepare_callback(model, steps)
+        with tqdm(total=steps, desc="Invert Reference") as bar:  # on the terminal, as samplers do
+
+            def shown(*news: Any) -> None:
+                show(*news)
+                bar.update()
+
+            found = invert(model, one, policy, steps, conditioning=conditioning, seed=noise_seed, callback=shown)
         return io.NodeOutput((found.reference,), {"samples": found.start}, found.sampler, found.sigmas)

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from .host import encode_reference
 from .newer import found_by, rarely_changed
 from .sockets import Reference
-from .widgets import share
+from .widgets import fixed_seed, share
 
 
 class EncodeReference(io.ComfyNode):
@@ -35,13 +35,10 @@ class EncodeReference(io.ComfyNode):
                     optional=True,
                     tooltip="A prompt that describes this picture. Without it the sampler's negative prompt is used.",
                 ),
-                io.Int.Input(
+                fixed_seed(
                     "noise_seed",
-                    default=0,
-                    min=0,
-                    max=2**53,
+                    "Seed of the fixed noise the reference is mixed with at every step. Rarely worth changing.",
                     **rarely_changed(),
-                    tooltip="Seed of the fixed noise the reference is mixed with at every step. Rarely worth changing.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -49,13 +46,15 @@ class EncodeReference(io.ComfyNode):
                     min=0.01,
                     max=10.0,
                     step=0.01,
-                    tooltip="How much this picture counts beside others read with it. Alone it is read fully.",
+                    tooltip="How much this picture counts beside others read with it: 2 outweighs one of 1; far more, "
+                    "and the others are hardly read. Alone it is read fully.",
                 ),
                 share(
                     "flatten",
                     0.0,
                     "For a shape: how much of the texture inside the mask goes before it is read, so that only the "
-                    "outline is kept. 1 leaves one flat colour; 0 keeps all, folds and features included.",
+                    "outline is kept. Begin with 0, which keeps folds and features; raise it if the shape's own "
+                    "texture shows through. 1 leaves one flat colour.",
                 ),
                 Reference.Input("others", optional=True, tooltip="References to be read together with this one."),
             ],

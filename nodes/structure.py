@@ -42,8 +42,8 @@ class SelfSimilarityGuidance(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="Length of a step; it means the same on every model. 0 is exactly the model without this "
-                    "node. Too much brings noise.",
+                    tooltip="Length of a step; it means the same on every model. Raise it until the outline follows; "
+                    "too much brings noise. 0 is exactly the model without this node.",
                 ),
                 *window(
                     0.0,
@@ -56,9 +56,14 @@ class SelfSimilarityGuidance(io.ComfyNode):
                     default=1,
                     min=1,
                     max=20,
-                    tooltip="Steps at each evaluation of the model. Each costs a decoding and its gradient.",
+                    tooltip="Steps at each evaluation of the model: 3 follow the outline more closely than 1. Each "
+                    "costs a decoding and its gradient.",
                 ),
-                share("appearance_weight", 0.0, "How much the look of the appearance picture counts besides."),
+                share(
+                    "appearance_weight",
+                    0.0,
+                    "How much the look of the appearance picture counts besides. 0: not at all.",
+                ),
                 *seeing(),
                 io.Image.Input(
                     "appearance", optional=True, tooltip="One picture, whose look counts with 'appearance_weight'."

@@ -119,7 +119,8 @@ def _say(text: str) -> None:
 
 
 def _look(model: Any, plan: Plan, total: int) -> Callable[[Progress, InversionLesson], Image.Image]:
-    """What progress shows: the curve with loss and time left, and a rough picture of what the token means by now."""
+    """What progress shows: the curve with loss and time left, which are also said, and a rough picture of what the
+    token means by now."""
     seen: list[tuple[int, float]] = []
     previewer = latent_preview.Latent2RGBPreviewer(
         model.model.latent_format.latent_rgb_factors, model.model.latent_format.latent_rgb_factors_bias
@@ -129,7 +130,9 @@ def _look(model: Any, plan: Plan, total: int) -> Callable[[Progress, InversionLe
         assert news.evaluation is not None
         seen.append((news.done, news.evaluation))
         minutes, seconds = divmod(round(news.seconds_left), 60)
-        plot = loss_plot(seen, total, f"<{plan.name}> {news.stage}: loss {news.loss:.4g}, {minutes}:{seconds:02d} left")
+        caption = f"<{plan.name}> {news.stage}: loss {news.loss:.4g}, {minutes}:{seconds:02d} left"
+        _say(f"{caption}, {news.done} of {total} steps")
+        plot = loss_plot(seen, total, caption)
         sample = previewer.decode_latent_to_preview(lesson.sample())
         sheet = Image.new("RGB", (plot.width + plot.height, plot.height))
         sheet.paste(plot)

@@ -57,6 +57,9 @@ class ComfyPage:
         if self.panel.is_visible():
             self.evaluate("() => { app.extensionManager.sidebarTab.activeSidebarTabId = null }")
             self.panel.wait_for(state="hidden")
+        if self.properties.is_visible():
+            self.evaluate("() => app.extensionManager.setting.set('Comfy.RightSidePanel.IsOpen', false)")
+            self.properties.wait_for(state="hidden")
 
     def open(self, graph: Mapping[str, Any]) -> None:
         """Shows a workflow in API form."""
@@ -134,7 +137,19 @@ class ComfyPage:
         buffer = BytesIO()
         picture.save(buffer, "PNG")
         file: Any = {"name": name, "mimeType": "image/png", "buffer": buffer.getvalue()}
-        return self.page.request.post(f"{self.url}/upload/image", multipart={"image": file}).json()["name"]
+        answer = self.page.request.post(f"{self.url}/upload/image", multipart={"image": file})
+        self.evaluate("() => app.refreshComboInNodes()")  # the newer page marks pictures it has not heard of
+        return answer.json()["name"]
+
+    def told(self, words: str) -> str:
+        """Waits until the page reports an error with these words; the whole text of the report."""
+        corner = self.page.get_by_test_id("error-overlay")
+        self.dialog.or_(corner).first.wait_for()
+        if corner.is_visible():  # the newer page: a few words there, all in the panel at the right
+            corner.get_by_role("button", name="View details").click()
+        report = self.dialog.or_(self.properties).filter(has_text=words)
+        report.wait_for()
+        return report.inner_text()
 
     def set_setting(self, key: str, value: Any) -> None:
         """As in the settings dialog; some count from the next visit on."""
@@ -142,8 +157,23 @@ class ComfyPage:
 
     @property
     def panel(self) -> Locator:
-        """What is open at the left side: the node library, or a help page."""
+        """What is open at the left side: the node library, or in the older page a help page."""
         return self.page.locator(".side-bar-panel")
+
+    @property
+    def properties(self) -> Locator:
+        """The newer page's panel at the right side: errors, help and inputs."""
+        return self.page.get_by_test_id("properties-panel")
+
+    @property
+    def help(self) -> Locator:
+        """The help page of a node, at the left side in the older page, at the right in the newer."""
+        return self.page.locator(".node-help-content")
+
+    @property
+    def library_nodes(self) -> Locator:
+        """The nodes in the node library: of the older page, and of the newer."""
+        return self.panel.locator(".p-tree-node-leaf, [role=treeitem][draggable=true]")
 
     @property
     def alerts(self) -> Locator:

@@ -54,9 +54,9 @@ def test_nodes_are_found_by_their_words_and_added(page: ComfyPage) -> None:
 
 def test_a_node_is_dragged_in_from_the_library(page: ComfyPage) -> None:
     page.page.keyboard.press("n")
-    page.panel.get_by_placeholder("Search Nodes").fill("encode reference")
-    leaf = page.panel.locator(".p-tree-node-leaf").filter(has_text="Encode Reference")
-    leaf.first.drag_to(page.page.locator("#graph-canvas"), target_position={"x": 800, "y": 400})
+    page.panel.get_by_placeholder("Search").first.fill("encode reference")
+    found = page.library_nodes.filter(has_text="Encode Reference").first
+    found.drag_to(page.page.locator("#graph-canvas"), target_position={"x": 800, "y": 400})
     page.wait_for("app.graph._nodes.length === 1")
     assert page.kinds() == ["ShapeAppearanceEncodeReference"]
 
@@ -64,6 +64,16 @@ def test_a_node_is_dragged_in_from_the_library(page: ComfyPage) -> None:
 def test_all_nodes_of_the_pack_are_in_the_page(page: ComfyPage) -> None:
     titles = page.evaluate("ids => ids.map(id => LiteGraph.registered_node_types[id]?.title)", list(NAMES))
     assert titles == [entry["display_name"] for entry in NAMES.values()]
+
+
+def test_seeds_of_references_and_trainings_stay_as_they_are(page: ComfyPage) -> None:
+    """Or each click on Run would learn for minutes again."""
+    widgets = "id => app.graph.getNodeById(id).widgets.map(widget => widget.name)"
+    seeds = {"EncodeReference": "noise_seed", "InvertReference": "noise_seed", "ShapeInversion": "seed"}
+    for name, seed in seeds.items():
+        shown = page.evaluate(widgets, page.add(f"ShapeAppearance{name}", 300, 200))
+        assert seed in shown and "control_after_generate" not in shown
+    assert "control_after_generate" in page.evaluate(widgets, page.add("KSampler", 300, 200))
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -85,8 +95,7 @@ def test_a_workflow_with_a_node_that_nobody_has_would_be_noticed(page: ComfyPage
     graph = json.loads(page.evaluate("JSON.stringify(app.graph.serialize())"))
     graph["nodes"][0]["type"] = "NoSuchNode"
     page.evaluate("async graph => { await app.loadGraphData(graph) }", graph)
-    page.dialog.wait_for()
-    assert "NoSuchNode" in page.dialog.inner_text()
+    page.told("NoSuchNode")
     assert page.red() == ["NoSuchNode"]
 
 
@@ -129,14 +138,12 @@ def test_a_wrong_input_shows_our_message_on_the_right_node(page: ComfyPage) -> N
     graph["encode"]["inputs"]["mask"] = ["mask", 0]
     page.open(graph)
     page.run()
-    page.dialog.wait_for()
-    said = page.dialog.inner_text()
-    assert "the mask (128x128) is empty" in said and "disconnect the mask" in said
+    assert "disconnect the mask" in page.told("the mask (128x128) is empty")
     assert page.failed() == "encode"
 
 
 def test_training_shows_its_progress_and_cancel_stops_it(page: ComfyPage) -> None:
-    page.open(learning(page, steps=300))
+    page.open(learning(page, steps=200))
     page.run()
     learner = "app.graph.getNodeById(4)"
     page.wait_for(f"{learner}.progress > 0")
@@ -166,9 +173,9 @@ def test_the_help_page_opens_in_both_languages(page: ComfyPage) -> None:
         one = page.add("ShapeAppearanceKVInjection", 700, 300)
         page.evaluate("id => app.canvas.selectNode(app.graph.getNodeById(id))", one)
         page.page.get_by_test_id("info-button").click()
-        page.panel.get_by_role("heading", name=inputs, exact=True).wait_for()
-        assert title in page.panel.inner_text()
-        picture = page.panel.get_by_role("img").first
+        page.help.get_by_role("heading", name=inputs, exact=True).wait_for()
+        assert title in page.help.inner_text()
+        picture = page.help.get_by_role("img").first
         picture.scroll_into_view_if_needed()
         assert picture.evaluate("async image => { await image.decode(); return image.naturalWidth }") > 0
         page.screenshot(SCREENSHOTS / f"help_{language}.png")

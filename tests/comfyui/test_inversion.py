@@ -3,6 +3,7 @@
 The trainings are too short to learn anything: what is tested is that the nodes hang together.
 """
 
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,8 @@ def test_learn_save_and_use_by_our_nodes_and_by_stock_ones(client: ComfyClient, 
     before = [set(names(folder)) for folder in folders]
     learned = saving(learning(client), "round-trip")
     ours = pictures(client, applied(learned, ["learn", 0]))
+    # For those who have no page: in the log, how far it is and how long it will take.
+    assert re.search(r"<thing> .*: loss [\d.e-]+, \d+:\d\d left, 3 of 3 steps", server.log_text())
 
     # Other tests share the server and keep files of their own there.
     assert [set(names(folder)) - kept for folder, kept in zip(folders, before, strict=True)] == [

@@ -76,7 +76,7 @@ def plain(node: dict[str, Any], origin: Callable[[int], Any]) -> dict[str, Any]:
     for slot in node["inputs"]:
         if "widget" in slot:
             inputs[slot["name"]] = next(values)
-            if slot["name"] in ("seed", "noise_seed") and node["type"] != "ShapeAppearanceDemoPicture":
+            if slot["name"] in ("seed", "noise_seed") and not node["type"].startswith("ShapeAppearance"):
                 assert next(values) == "fixed"  # "control after generate": a shipped picture can be made again
         if slot["link"] is not None:
             inputs[slot["name"]] = origin(slot["link"])
