@@ -1,0 +1,1 @@
+"""Programs of the core for a terminal, without ComfyUI."""
