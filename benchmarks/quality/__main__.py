@@ -14,18 +14,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from demo import comfy as comfy_host
 
+from .sheets import sheet
 from .state import NETWORKS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NOTHING = "prompt only"
 """Where this method is among them, every other's gain in appearance over it is given, pair by pair."""
+DEFAULT = "default"
+"""Where this method is among them, so is every other's lead over it, pair by pair."""
 SHEET_PAIRS = 8
-_PANEL = 128
+COMPARED = {
+    "gain": f"appearance less that of {NOTHING!r} on the same pair",
+    "lead": f"harmonic less that of {DEFAULT!r} on the same pair",
+}
 _TABLE = ("<!-- table -->", "<!-- /table -->")
 
 
@@ -35,19 +40,24 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="where to write the table")
     parser.add_argument("--docs", type=Path, help="a page whose <!-- table --> is to be replaced")
     parser.add_argument("--sheet", type=Path, help="where to save the first pairs' pictures as one image")
-    parser.add_argument("--only", help="groups or methods, by commas (default: all)")
+    parser.add_argument("--pages", type=Path, help="a folder for the pages that the README shows")
+    parser.add_argument("--only", help="groups or methods, by commas (default: those of the table)")
     parser.add_argument(
         "--network", nargs="+", choices=[*NETWORKS], default=["UNet"], help="which of the demo's models"
     )
     parser.add_argument("--pairs", type=int, default=128)
+    parser.add_argument(
+        "--fewer", nargs="+", default=[], metavar="GROUP=PAIRS", help="groups that only the first so many pairs are for"
+    )
     parser.add_argument("--tuning", action="store_true", help="the tuning pairs instead: values may be chosen on them")
     options = parser.parse_args()
     comfy_host.ensure_importable()
     from demo.model import load_demo_model
 
+    from .groups import ON_C
     from .kept import Kept
     from .measures import Judges, measure
-    from .methods import PLACED, Studio
+    from .methods import Studio
     from .pairs import pairs
 
     tasks = pairs(options.pairs, options.tuning)
@@ -56,25 +66,30 @@ def main() -> None:
     judges = Judges.load()
     for network in options.network:
         chosen = _methods(options.only, network)
+        most = fewest(options.fewer)
         kept = Kept(ROOT / "runs" / "quality", chosen, network)
         found: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
         with torch.inference_mode():
             studio = Studio(load_demo_model(network=network))
-            for pair in tqdm(tasks, desc=network, mininterval=5):
+            for index, pair in enumerate(tqdm(tasks, desc=network, mininterval=5)):
                 for name, method in chosen.items():
+                    if index >= most.get(name, len(tasks)):
+                        continue
                     result = kept.result(name, pair.seed)
                     if result is None:
                         result = kept.add(name, pair.seed, method(studio, pair))
                     figures = kept.figures(name, pair.seed)
                     if figures is None:
-                        figures = measure(result.picture, pair, judges, placed=name in PLACED)
+                        figures = measure(result.picture, pair, judges, placed=name in ON_C)
                         kept.add_figures(name, pair.seed, figures)
                     told = {"rows": result.rows, "seconds": result.seconds}
                     found[name].append({**figures, **told, **_untouched(result)})
         prefix = "" if len(options.network) == 1 else f"{network}: "
-        results |= {prefix + name: rows for name, rows in with_gain(found, NOTHING).items()}
+        compared = against(against(found, "gain", "appearance", NOTHING), "lead", "harmonic", DEFAULT)
+        results |= {prefix + name: rows for name, rows in compared.items()}
         for name in chosen:
-            made[prefix + name] = [kept.picture(name, pair.seed).numpy() for pair in tasks[:SHEET_PAIRS]]
+            shown = tasks[: min(SHEET_PAIRS, len(found[name]))]
+            made[prefix + name] = [kept.picture(name, pair.seed).numpy() for pair in shown]
     table = summary(results)
     if options.json is not None:
         options.json.write_text(json.dumps({"pairs": len(tasks), "methods": table}, indent=2) + "\n", encoding="utf-8")
@@ -95,28 +110,46 @@ def main() -> None:
     print(markdown(table, len(tasks)))
 
 
-def with_gain(results: dict[str, list[dict[str, float]]], plain: str) -> dict[str, list[dict[str, float]]]:
-    """The rows with their gain in appearance over the method `plain` on the same pair, if that is among them."""
-    if plain not in results:
-        return results
-    base = [row["appearance"] for row in results[plain]]
+def against(
+    results: dict[str, list[dict[str, float]]], name: str, measure: str, other: str
+) -> dict[str, list[dict[str, float]]]:
+    """The rows with what they have more of a measure than the method `other` on the same pair, if that is among them.
+
+    What was placed on C has another true answer, and is not compared.
+    """
+    from .groups import ON_C
+
+    base = [row[measure] for row in results.get(other, [])]
     return {
-        name: [{**row, "gain": row["appearance"] - less} for row, less in zip(rows, base, strict=True)]
-        for name, rows in results.items()
+        method: [{**row, name: row[measure] - less} for row, less in zip(rows, base, strict=False)]
+        if base and method not in ON_C
+        else rows
+        for method, rows in results.items()
     }
 
 
+def fewest(asked: list[str]) -> dict[str, int]:
+    """By method, how many pairs it is for at most, from ``GROUP=PAIRS``."""
+    from .groups import GROUPS
+
+    found: dict[str, int] = {}
+    for one in asked:
+        group, _, count = one.partition("=")
+        if group not in GROUPS or not count.isdigit():
+            raise SystemExit(f"--fewer: {one!r} is no GROUP=PAIRS with one of the groups {', '.join(GROUPS)}")
+        found |= dict.fromkeys(GROUPS[group], int(count))
+    return found
+
+
 def _methods(only: str | None, network: str) -> dict[str, Any]:
-    from .methods import GROUPS, UNET_ONLY
+    from .groups import GROUPS, TABLE, UNET_ONLY
 
     everything = {name: method for group in GROUPS.values() for name, method in group.items()}
-    chosen = _wanted(only, everything, GROUPS)
+    chosen = _wanted(only or ",".join(TABLE), everything, GROUPS)
     return {name: method for name, method in chosen.items() if network == "UNet" or name not in UNET_ONLY}
 
 
-def _wanted(only: str | None, everything: dict[str, Any], groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    if only is None:
-        return everything
+def _wanted(only: str, everything: dict[str, Any], groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
     chosen: dict[str, Any] = {}
     for word in (part.strip() for part in only.split(",")):
         if word not in groups and word not in everything:
@@ -132,12 +165,12 @@ def _untouched(result: Any) -> dict[str, float]:
 
 
 def summary(results: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Mean and 95 % interval of every measure of every method."""
+    """Mean and 95 % interval of every measure of every method, and on how many pairs."""
     from .measures import interval
 
     table: dict[str, dict[str, float]] = {}
     for name, rows in results.items():
-        table[name] = {}
+        table[name] = {"pairs": len(rows)}
         for key in rows[0]:
             mean, low, high = interval([row[key] for row in rows])
             table[name] |= {key: mean, f"{key}_low": low, f"{key}_high": high}
@@ -148,9 +181,10 @@ def markdown(table: dict[str, dict[str, float]], pairs: int) -> str:
     """The table for people: mean, and half the width of its 95 % interval."""
     from .measures import MEASURES
 
-    gain = ["gain"] if all("gain" in row for row in table.values()) else []
+    compared = [key for key in COMPARED if any(key in row for row in table.values())]
     untouched = ["untouched"] if any("untouched" in row for row in table.values()) else []
-    columns = [*MEASURES, *gain, *untouched, "rows", "seconds"]
+    fewer = ["pairs"] if any(row["pairs"] != pairs for row in table.values()) else []
+    columns = [*fewer, *MEASURES, *compared, *untouched, "rows", "seconds"]
     lines = [f"| method ({pairs} pairs) | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
     for name, row in table.items():
         cells = []
@@ -158,32 +192,19 @@ def markdown(table: dict[str, dict[str, float]], pairs: int) -> str:
             if key not in row:
                 cells.append("")
                 continue
+            if key == "pairs":
+                cells.append(f"{row[key]:.0f}")
+                continue
             half = (row[f"{key}_high"] - row[f"{key}_low"]) / 2
             digits = 0 if key == "rows" else 1 if key in ("seconds", "colour_delta_e") else 3 if "layout" in key else 2
             cells.append(f"{row[key]:.{digits}f}" + (f" ±{half:.{digits}f}" if half >= 0.5 * 10**-digits else ""))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", *(f"- `{name}`: {meaning}" for name, meaning in MEASURES.items())]
-    lines += [f"- `gain`: appearance less that of {NOTHING!r} on the same pair" for _ in gain]
+    lines += [f"- `{key}`: {COMPARED[key]}" for key in compared]
     lines += [
         "- `untouched`: share of the pixels outside the feathered mask that are C's, bit for bit" for _ in untouched
     ]
     return "\n".join(lines) + "\n"
-
-
-def sheet(titles: list[str], rows: list[list[np.ndarray]]) -> Image.Image:
-    """A grid of pictures (H, W, 3), one column for each title."""
-    gap, head = 6, 34
-    width = gap + len(titles) * (_PANEL + gap)
-    made = Image.new("RGB", (width, head + len(rows) * (_PANEL + gap)), "white")
-    draw, font = ImageDraw.Draw(made), ImageFont.load_default(size=12)
-    for column, title in enumerate(titles):
-        left = gap + column * (_PANEL + gap)
-        words = title if len(title) <= 20 else title.replace(" + ", "\n+ ").replace(" (", "\n(")
-        draw.multiline_text((left + _PANEL / 2, head / 2), words, fill="black", font=font, anchor="mm", align="center")
-        for row, pictures in enumerate(rows):
-            pixels = np.uint8(np.round(np.clip(pictures[column], 0, 1) * 255))
-            made.paste(Image.fromarray(pixels), (left, head + row * (_PANEL + gap)))
-    return made
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""The methods. Each makes one picture of a pair with the demo model, at the same steps and from the same noise."""
+"""The methods. Each makes one picture of a pair with the demo model, at the same steps and from the same noise.
+
+Which of them are judged, with which values, stands in `groups`. A change of the code here makes all pictures anew;
+methods that need more than this (such as a training) are better kept in a module of their own.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import comfy.sample
@@ -24,7 +28,7 @@ from inversion_core.hosts import comfy_color, comfy_injection
 from inversion_core.hosts.comfy_color import ColorGuidance
 from inversion_core.hosts.comfy_references import BANK
 from inversion_core.injection import Window
-from inversion_core.presets import PRESETS, Preset
+from inversion_core.presets import Preset
 from inversion_core.reference import Reference
 
 from .pairs import Pair, batch
@@ -142,11 +146,13 @@ def described(pair: Pair) -> str:
     return f"a {pair.b.appearance.colour} {pair.b.appearance.texture} shape on {pair.a.background}"
 
 
-def _shown(which: str, studio: Studio, pair: Pair) -> Result:
+def shown(which: str, studio: Studio, pair: Pair) -> Result:
+    """One of the pair's own pictures."""
     return Result(torch.from_numpy(getattr(pair, which).image), 0, 0.0)
 
 
-def _prompted(words: Callable[[Pair], str], studio: Studio, pair: Pair, denoise: float = 1.0) -> Result:
+def prompted(words: Callable[[Pair], str], studio: Studio, pair: Pair, denoise: float = 1.0) -> Result:
+    """Words alone; from A's picture where `denoise` is below 1."""
     return studio.sample(pair, words(pair), denoise=denoise)
 
 
@@ -184,40 +190,40 @@ def _patched(preset: Preset, studio: Studio, pair: Pair, color: float, shape: Li
     return comfy_color.attach(model, guidance)
 
 
-ROOM = 4
-"""Pixels by which the mask grows beyond the shape, as in workflows/place_on_picture."""
-FEATHER = 4
-"""Pixels over which it then fades, as there."""
+def placed(
+    preset: Preset, studio: Studio, pair: Pair, *, room: int, feather: int, shape: Literal["a", "flat a"] = "flat a"
+) -> Result:
+    """A preset's object on C inside a mask, laid over C through the feathered mask, as the workflow does it.
 
-
-def placed(preset: Preset, studio: Studio, pair: Pair, *, shape: Literal["a", "flat a"] = "flat a") -> Result:
-    """A preset's object on C inside a mask, laid over C through the feathered mask, as the workflow does it."""
+    `room`: pixels by which the mask grows beyond the shape; `feather`: pixels over which it then fades.
+    """
     place = torch.from_numpy(pair.place)[None]
     mask = torch.from_numpy(pair.shape.mask)[None]
-    grown = functional.max_pool2d(mask, 2 * ROOM + 1, 1, ROOM)
+    grown = functional.max_pool2d(mask, 2 * room + 1, 1, room)
     latent = studio.demo.vae.encode(place).detach().to("cpu", torch.float32).clone()
     prompt = f"a shape on {pair.c.background}"
     model = _patched(preset, studio, pair, 1.0, shape)
     made = studio.sample(pair, prompt, model=model, negative=_negative(preset, prompt), inside=(latent, grown[None]))
-    soft = _feathered(grown)[0, ..., None]
+    soft = _feathered(grown, feather)[0, ..., None]
     picture = place[0] * (1 - soft) + made.picture * soft
     outside = soft[..., 0] == 0
     return made._replace(picture=picture, untouched=float((picture == place[0]).all(-1)[outside].float().mean()))
 
 
-def _feathered(mask: Tensor) -> Tensor:
-    """(1, H, W) blurred by a Gaussian that ends after FEATHER pixels."""
-    at = torch.arange(-FEATHER, FEATHER + 1.0)
-    kernel = torch.exp(-0.5 * (at / (FEATHER / 2)) ** 2)
+def _feathered(mask: Tensor, feather: int) -> Tensor:
+    """(1, H, W) blurred by a Gaussian that ends after so many pixels."""
+    at = torch.arange(-feather, feather + 1.0)
+    kernel = torch.exp(-0.5 * (at / (feather / 2)) ** 2)
     kernel = kernel / kernel.sum()
     for shape in ((1, 1, -1, 1), (1, 1, 1, -1)):
         weights = kernel.reshape(shape)
-        around = [FEATHER if weights.shape[3] > 1 else 0] * 2 + [FEATHER if weights.shape[2] > 1 else 0] * 2
+        around = [feather if weights.shape[3] > 1 else 0] * 2 + [feather if weights.shape[2] > 1 else 0] * 2
         mask = functional.conv2d(functional.pad(mask[None], around, mode="replicate"), weights)[0]
     return mask
 
 
-def _autoencoded(studio: Studio, pair: Pair) -> Result:
+def autoencoded(studio: Studio, pair: Pair) -> Result:
+    """The true answer, coded and decoded: no method on latents can be nearer."""
     truth = torch.from_numpy(pair.truth.image)[None]
     return Result(studio.demo.vae.decode(studio.demo.vae.encode(truth))[0].float().cpu(), 0, 0.0)
 
@@ -248,78 +254,7 @@ def crossed(
     return studio.sample(pair, neutral(pair), model=model)
 
 
-def _colored(studio: Studio, pair: Pair) -> Result:
+def colored(studio: Studio, pair: Pair) -> Result:
+    """AdaIN Color Guidance without any injection."""
     guidance = ColorGuidance(studio.reference(pair, "b"), mask=studio.reference(pair, "a").mask)
     return studio.sample(pair, neutral(pair), model=comfy_color.attach(studio.demo.model, guidance))
-
-
-def _shape_until(end: float, preset: Preset) -> Preset:
-    return replace(preset, steps=tuple(replace(step, shape_window=Window(0.0, end)) for step in preset.steps))
-
-
-BASELINES: dict[str, Method] = {
-    "A itself": partial(_shown, "shape"),
-    "B itself": partial(_shown, "appearance"),
-    "true answer through the autoencoder": _autoencoded,
-    "prompt only": partial(_prompted, neutral),
-    "full prompt (cap of the words)": partial(_prompted, described),
-    **{f"img2img {share}": partial(_prompted, described, denoise=share) for share in (0.4, 0.6, 0.8)},
-}
-ATTENTION: dict[str, Method] = {
-    **{name: partial(injected, preset) for name, preset in PRESETS.items()},
-    "cross-feature": partial(crossed, PRESETS["default"]),
-    "cross-feature, throughout": partial(crossed, PRESETS["default"], end=1.0),
-}
-OURS: dict[str, Method] = {
-    "default + flat shape": partial(injected, PRESETS["default"], shape="flat a"),
-    "default + flat shape + full prompt": partial(injected, PRESETS["default"], shape="flat a", words=described),
-    "default + full prompt": partial(injected, PRESETS["default"], words=described),
-    "default - colour": partial(injected, PRESETS["default"], color=0.0),
-    "default - shape": partial(injected, PRESETS["default"], shape=None),
-    "colour guidance alone": _colored,
-}
-
-PLACED: dict[str, Method] = {f"{name} on C": partial(placed, PRESETS[name]) for name in ("default", "cross-image")}
-"""A on C with B's appearance; measured against the true composition on C."""
-
-PRESET_PAGE: dict[str, Method] = {
-    "prompt only": BASELINES["prompt only"],
-    **ATTENTION,
-    "default + flat shape": OURS["default + flat shape"],
-}
-
-UNET_ONLY = {name for name, preset in PRESETS.items() if not any(step.blocks for step in preset.steps)}
-"""Presets that have no form for a diffusion transformer."""
-
-SHAPE_ENDS = (0.8, 0.9, 1.0)
-"""What the shape's end was chosen among, on tuning pairs (docs/presets.md)."""
-SHAPE_END: dict[str, Method] = {
-    **{f"shape until {end:.0%}": partial(injected, _shape_until(end, PRESETS["default"])) for end in SHAPE_ENDS},
-    **{
-        f"flat shape until {end:.0%}": partial(injected, _shape_until(end, PRESETS["default"]), shape="flat a")
-        for end in SHAPE_ENDS
-    },
-    **{
-        f"cross-feature, shape until {end:.0%}": partial(crossed, PRESETS["default"], shape_end=end)
-        for end in SHAPE_ENDS
-    },
-}
-
-DIT_PAGE: dict[str, Method] = {
-    "prompt only": BASELINES["prompt only"],
-    "default": ATTENTION["default"],
-    "default - colour": OURS["default - colour"],
-    "masactrl": ATTENTION["masactrl"],
-    "style-aligned": ATTENTION["style-aligned"],
-}
-
-GROUPS: dict[str, dict[str, Method]] = {
-    "baselines": BASELINES,
-    "attention": ATTENTION,
-    "ours": OURS,
-    "placed": PLACED,
-    "presets": PRESET_PAGE,
-    "dit": DIT_PAGE,
-    "shape end": SHAPE_END,
-}
-"""What `--only` chooses among."""

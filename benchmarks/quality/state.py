@@ -20,7 +20,7 @@ import numpy as np
 from demo.weights import AUTOENCODER, DENOISER, DIT, FOLDER, JUDGE, TEXT_ENCODER, VIT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TABLES = ("benchmarks/quality/methods.py", "inversion_core/presets.py")
+TABLES = ("inversion_core/presets.py",)
 """Their assignments at module level hold arguments of methods, but for plain numbers and texts."""
 WEIGHTS = {
     "demo/model.py": (DENOISER, DIT, AUTOENCODER, TEXT_ENCODER),

@@ -15,7 +15,8 @@ from benchmarks.inversion import concepts
 from benchmarks.quality import kept, methods, state
 from benchmarks.quality.__main__ import _methods, markdown, summary, with_gain
 from benchmarks.quality.measures import MEASURES, Judges, measure
-from benchmarks.quality.methods import ATTENTION, DIT_PAGE, OURS, PLACED, UNET_ONLY, Studio
+from benchmarks.quality.groups import ATTENTION, DIT_PAGE, GROUPS, OURS, PLACED, UNET_ONLY
+from benchmarks.quality.methods import Studio
 from benchmarks.quality.pairs import Pair, pairs
 from demo.model import load_demo_model
 from demo.train import autoencoder, judge, latents, vit
@@ -36,7 +37,7 @@ def studio() -> Studio:
 
 
 def test_every_method_has_a_state_of_its_own() -> None:
-    everything = {name: one for group in methods.GROUPS.values() for name, one in group.items()}
+    everything = {name: one for group in GROUPS.values() for name, one in group.items()}
     for name in ("shape until 100%", "flat shape until 100%"):  # what was chosen: the default itself
         del everything[name]
     states = [state.state_of(one, network) for one in everything.values() for network in state.NETWORKS]

@@ -1,0 +1,104 @@
+"""What `--only` chooses among: the methods with the values that are judged, or that values were chosen among.
+
+A row that needs a training first belongs into a group of its own, made by functions of a module of its own, and may be
+given fewer pairs (``--fewer GROUP=PAIRS``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from inversion_core.injection import Window
+from inversion_core.presets import PRESETS, Preset
+
+from .methods import Method, autoencoded, colored, crossed, described, injected, neutral, placed, prompted, shown
+
+
+def _shape_until(end: float, preset: Preset) -> Preset:
+    return replace(preset, steps=tuple(replace(step, shape_window=Window(0.0, end)) for step in preset.steps))
+
+
+BASELINES: dict[str, Method] = {
+    "A itself": partial(shown, "shape"),
+    "B itself": partial(shown, "appearance"),
+    "true answer through the autoencoder": autoencoded,
+    "prompt only": partial(prompted, neutral),
+    "full prompt (cap of the words)": partial(prompted, described),
+    **{f"img2img {share}": partial(prompted, described, denoise=share) for share in (0.4, 0.6, 0.8)},
+}
+ATTENTION: dict[str, Method] = {
+    **{name: partial(injected, preset) for name, preset in PRESETS.items()},
+    "cross-feature": partial(crossed, PRESETS["default"]),
+    "cross-feature, throughout": partial(crossed, PRESETS["default"], end=1.0),
+}
+OURS: dict[str, Method] = {
+    "default + flat shape": partial(injected, PRESETS["default"], shape="flat a"),
+    "default + flat shape + full prompt": partial(injected, PRESETS["default"], shape="flat a", words=described),
+    "default + full prompt": partial(injected, PRESETS["default"], words=described),
+    "default - colour": partial(injected, PRESETS["default"], color=0.0),
+    "default - shape": partial(injected, PRESETS["default"], shape=None),
+    "colour guidance alone": colored,
+}
+
+ROOM, FEATHER = 4, 4
+"""Of the mask around what is placed, as in workflows/place_on_picture."""
+PLACED: dict[str, Method] = {
+    f"{name} on C": partial(placed, PRESETS[name], room=ROOM, feather=FEATHER) for name in ("default", "cross-image")
+}
+"""A on C with B's appearance."""
+
+PRESET_PAGE: dict[str, Method] = {
+    "prompt only": BASELINES["prompt only"],
+    **ATTENTION,
+    "default + flat shape": OURS["default + flat shape"],
+}
+
+UNET_ONLY = {name for name, preset in PRESETS.items() if not any(step.blocks for step in preset.steps)}
+"""Presets that have no form for a diffusion transformer."""
+
+SHAPE_ENDS = (0.8, 0.9, 1.0)
+"""What the shape's end was chosen among, on tuning pairs (docs/presets.md)."""
+SHAPE_END: dict[str, Method] = {
+    **{f"shape until {end:.0%}": partial(injected, _shape_until(end, PRESETS["default"])) for end in SHAPE_ENDS},
+    **{
+        f"flat shape until {end:.0%}": partial(injected, _shape_until(end, PRESETS["default"]), shape="flat a")
+        for end in SHAPE_ENDS
+    },
+    **{
+        f"cross-feature, shape until {end:.0%}": partial(crossed, PRESETS["default"], shape_end=end)
+        for end in SHAPE_ENDS
+    },
+}
+
+DIT_PAGE: dict[str, Method] = {
+    "prompt only": BASELINES["prompt only"],
+    "default": ATTENTION["default"],
+    "default - colour": OURS["default - colour"],
+    "masactrl": ATTENTION["masactrl"],
+    "style-aligned": ATTENTION["style-aligned"],
+}
+
+PLACING: dict[str, Method] = {
+    f"room {room} feather {feather} on C": partial(placed, PRESETS["default"], room=room, feather=feather)
+    for room, feather in ((4, 4), (2, 4), (2, 2), (1, 2), (0, 2))
+}
+"""What the mask's room and feather were chosen among, on tuning pairs (docs/findings.md)."""
+
+ON_C = {*PLACED, *PLACING}
+"""What is measured against the true composition on C."""
+
+GROUPS: dict[str, dict[str, Method]] = {
+    "baselines": BASELINES,
+    "attention": ATTENTION,
+    "ours": OURS,
+    "placed": PLACED,
+    "presets": PRESET_PAGE,
+    "dit": DIT_PAGE,
+    "shape end": SHAPE_END,
+    "placing": PLACING,
+}
+"""What `--only` chooses among."""
+
+TABLE = ("baselines", "attention", "ours", "placed")
+"""The groups of the table in docs/findings.md, and what is made where nothing is asked for."""
