@@ -40,7 +40,6 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="where to write the table")
     parser.add_argument("--docs", type=Path, help="a page whose <!-- table --> is to be replaced")
     parser.add_argument("--sheet", type=Path, help="where to save the first pairs' pictures as one image")
-    parser.add_argument("--pages", type=Path, help="a folder for the pages that the README shows")
     parser.add_argument("--only", help="groups or methods, by commas (default: those of the table)")
     parser.add_argument(
         "--network", nargs="+", choices=[*NETWORKS], default=["UNet"], help="which of the demo's models"

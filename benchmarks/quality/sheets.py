@@ -1,8 +1,6 @@
-"""Pictures of many results: a sheet of all methods that were asked for, and the pages that the README shows."""
+"""A sheet of pictures: one column for each method, one row for each pair."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -10,49 +8,6 @@ from PIL import Image, ImageDraw, ImageFont
 _PANEL = 128
 _GAP = 6
 _HEAD = 34
-
-
-@dataclass(frozen=True)
-class Page:
-    """A page of the README.
-
-    Attributes:
-        given: what the methods were given, by title: attributes of `Pair`, with ``.image`` where it is rendered.
-        truth: the true answer's attribute.
-        methods: by title.
-        first: the first of its pairs, counted from the first judged one.
-    """
-
-    given: dict[str, str]
-    truth: str
-    methods: dict[str, str]
-    first: int
-
-
-PAIRS = 7
-"""On a page."""
-PAGES = {
-    "page-composition": Page(
-        {"A: shape": "shape", "B: appearance": "appearance"},
-        "truth",
-        {
-            "prompt only": "prompt only",
-            "img2img (0.6)\nfrom A, B in words": "img2img 0.6",
-            "MasaCtrl": "masactrl",
-            "StyleID": "style-id",
-            "Cross-Image\nAttention": "cross-image",
-            "KV Injection,\ndefault": "default + flat shape",
-        },
-        0,
-    ),
-    "page-placed": Page(
-        {"A: shape": "shape", "B: appearance": "appearance", "C: place": "place"},
-        "placed_truth",
-        {"Cross-Image\nAttention": "cross-image on C", "KV Injection,\ndefault": "default on C"},
-        PAIRS,
-    ),
-}
-"""By the name of its file."""
 
 
 def sheet(titles: list[str], rows: list[list[np.ndarray]]) -> Image.Image:

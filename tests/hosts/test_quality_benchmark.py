@@ -13,9 +13,9 @@ import torch
 from benchmarks import appearance_loss, color, correspondence, demo_model
 from benchmarks.inversion import concepts
 from benchmarks.quality import kept, methods, state
-from benchmarks.quality.__main__ import _methods, markdown, summary, with_gain
+from benchmarks.quality.__main__ import _methods, against, fewest, markdown, summary
+from benchmarks.quality.groups import ATTENTION, DIT_PAGE, GROUPS, OURS, PLACED, TABLE, UNET_ONLY
 from benchmarks.quality.measures import MEASURES, Judges, measure
-from benchmarks.quality.groups import ATTENTION, DIT_PAGE, GROUPS, OURS, PLACED, UNET_ONLY
 from benchmarks.quality.methods import Studio
 from benchmarks.quality.pairs import Pair, pairs
 from demo.model import load_demo_model
@@ -37,9 +37,7 @@ def studio() -> Studio:
 
 
 def test_every_method_has_a_state_of_its_own() -> None:
-    everything = {name: one for group in GROUPS.values() for name, one in group.items()}
-    for name in ("shape until 100%", "flat shape until 100%"):  # what was chosen: the default itself
-        del everything[name]
+    everything = {name: one for group in TABLE for name, one in GROUPS[group].items()}
     states = [state.state_of(one, network) for one in everything.values() for network in state.NETWORKS]
     assert len(set(states)) == len(states) == 2 * len(everything)
 
@@ -55,11 +53,8 @@ def test_a_networks_weights_count_for_its_own_pictures_only(monkeypatch: pytest.
 def test_no_method_reads_a_table_that_its_state_leaves_out() -> None:
     tree = ast.parse(Path(methods.__file__).read_text(encoding="utf-8"))
     assigned = [node for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign) and state._is_table(node)]
-    targets = [one for node in assigned for one in (node.targets if isinstance(node, ast.Assign) else [node.target])]
-    tables = {ast.unparse(target) for target in targets} | {"PRESETS"}
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    read = {name.id for one in functions for name in ast.walk(one) if isinstance(name, ast.Name)}
-    assert {"GROUPS", "PLACED"} <= tables and not read & tables
+    assert [ast.unparse(node).split(" = ")[0] for node in assigned] == ["Method"]  # a type
+    assert "PRESETS" not in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
 
 def test_what_a_method_does_changes_its_state_and_what_it_says_of_itself_does_not() -> None:
@@ -81,7 +76,7 @@ def test_a_picture_depends_on_what_its_method_can_reach_and_on_nothing_else() ->
         "demo/vit.py",
     } <= reached
     assert not any(name.startswith(("nodes/", "inversion_core/learning/", "demo/train/")) for name in reached)
-    assert "demo/judge.py" not in reached
+    assert not {"demo/judge.py", "benchmarks/quality/groups.py"} & reached
 
 
 def test_comments_docstrings_and_tables_do_not_count_but_code_does(
@@ -177,15 +172,35 @@ def test_presets_without_a_form_on_transformers_are_left_out(studio: Studio) -> 
             ATTENTION[name](studio, pair)
 
 
-def test_gain_is_over_the_plain_method_on_the_same_pair() -> None:
+def test_gain_is_over_the_other_method_on_the_same_pair() -> None:
     results = {
         "plain": [{"appearance": 0.25}, {"appearance": 0.5}],
         "other": [{"appearance": 1.0}, {"appearance": 0.5}],
+        "fewer": [{"appearance": 0.5}],
+        "default on C": [{"appearance": 0.5}],
     }
-    found = with_gain(results, "plain")
+    found = against(results, "gain", "appearance", "plain")
     assert [row["gain"] for row in found["other"]] == [0.75, 0.0]
     assert [row["gain"] for row in found["plain"]] == [0.0, 0.0]
-    assert with_gain(results, "absent") == results
+    assert [row["gain"] for row in found["fewer"]] == [0.25]
+    assert found["default on C"] == results["default on C"]
+    assert against(results, "gain", "appearance", "absent") == results
+
+
+def test_a_row_of_fewer_pairs_says_so() -> None:
+    row = dict.fromkeys((*MEASURES, "rows", "seconds"), 1.0)
+    text = markdown(summary({"prompt only": [row, row], "dear": [row]}), 2)
+    first, _, plain, dear = text.splitlines()[:4]
+    column = [cell.strip() for cell in first.split("|")].index("pairs")
+    assert [line.split("|")[column].strip() for line in (plain, dear)] == ["2", "1"]
+    assert "pairs" not in markdown(summary({"prompt only": [row, row]}), 2).splitlines()[0].split(" | ")
+
+
+def test_groups_may_be_given_fewer_pairs() -> None:
+    assert fewest(["placed=16"]) == dict.fromkeys(PLACED, 16)
+    for wrong in ("placed", "placed=some", "nobody=3"):
+        with pytest.raises(SystemExit, match=wrong):
+            fewest([wrong])
 
 
 def test_no_judged_picture_was_trained_on_tuned_on_or_drawn_by_another_benchmark() -> None:
