@@ -13,7 +13,7 @@ queries are edited, and read the prompt's keys beside what the edit lets them re
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.model_patcher
@@ -21,16 +21,16 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor
 
-from ..attention import Beside
 from ..injection import Injection
 from ..sites import Site
 from . import comfy_run
-from .base import Grid, HostError, tokens_to_map
+from .base import Grid, HostError
 from .comfy_attention import Chained, Options
 from .comfy_run import KEY, Given, Run
 from .families import Block, Call, Family, Layout, Sequences, family_of
+from .joint import Joint
 from .places import Place, Places, turned
-from .session import AttentionCall, Rows, Session, States, stored
+from .session import Session, States
 
 
 def attach(model: comfy.model_patcher.ModelPatcher, *injections: Injection) -> comfy.model_patcher.ModelPatcher:
@@ -48,7 +48,7 @@ class DiTRun(Run):
         super().__post_init__()
         for injection in self.injections:
             if injection.shape is not None:
-                _require_same_size(injection.shape.latent.shape, self.shape, family_of(self.model))
+                family_of(self.model).require_same_size(injection.shape.latent.shape, self.shape)
 
     @classmethod
     def sites_of(cls, model: Any) -> list[Site]:
@@ -56,18 +56,7 @@ class DiTRun(Run):
 
     @classmethod
     def fitted(cls, model: Any, injection: Injection) -> Injection:
-        if injection.edit.reference == "normalise":
-            raise HostError(
-                "'normalise' (Ctrl-X) changes what enters a UNet's attention layer, and a diffusion transformer gives "
-                "no hook there: choose 'replace' or 'extend', or another preset"
-            )
-        family = family_of(model)
-        return replace(
-            injection,
-            sites=family.rules(injection.sites),
-            shape_sites=None if injection.shape_sites is None else family.rules(injection.shape_sites),
-            feature_strength=0.0,  # of a UNet's decoder; there is none here
-        )
+        return family_of(model).fitted(injection)
 
     def new_session(self) -> Session:
         return Session(self.injections, self.sites_of(self.model), projected=True)
@@ -75,7 +64,11 @@ class DiTRun(Run):
     def hooked(self, options: Options, given: Given) -> Options:
         calls = _Calls.of(self.model, given)
         rows = self.rows(given.x.shape[0], Grid(*given.x.shape[-2:]), options)
-        override = _Override(self._edited(rows), calls, options.get("optimized_attention_override"))
+
+        def edited(joint: Joint) -> Tensor:
+            return joint.edited_by(self.session, rows, self._places(joint.layout))
+
+        override = _Override(edited, calls, options.get("optimized_attention_override"))
         replaced = options.get("patches_replace", {})
         owners = {place: _Counted(calls, place, owner) for place, owner in replaced.get("dit", {}).items()}
         return {
@@ -88,12 +81,8 @@ class DiTRun(Run):
         pass
 
     def recording(self, names: frozenset[str], states: States) -> Options:
-        def keep(joint: _Joint) -> Tensor:
-            for role, x in (("q", joint.q), ("k", joint.k), ("v", joint.v)):
-                if stored(joint.site.name, role) in names:
-                    places, tokens = self._places(joint.layout), joint.tokens(x)
-                    tokens = tokens if places is None or role == "v" else places.kept(tokens)
-                    states[stored(joint.site.name, role)] = tokens_to_map(tokens, joint.layout.grid)
+        def keep(joint: Joint) -> Tensor:
+            joint.keep(names, states, self._places(joint.layout))
             return joint.plain()
 
         def listen(
@@ -107,15 +96,6 @@ class DiTRun(Run):
         kind = comfy.patcher_extension.WrappersMP.APPLY_MODEL
         comfy.patcher_extension.add_wrapper_with_key(kind, KEY, listen, options)
         return options
-
-    def _edited(self, rows: list[Rows]) -> Callable[[_Joint], Tensor]:
-        def edited(joint: _Joint) -> Tensor:
-            q = joint.tokens(joint.q)
-            places = self._places(joint.layout)
-            call = self.session.prepare(joint.site.name, q, joint.layout.grid, rows, None, places)
-            return joint.plain() if call is None else joint.edited(call, q)
-
-        return edited
 
     def _places(self, layout: Layout) -> Places | None:
         rotary = family_of(self.model).rotary
@@ -201,7 +181,7 @@ class _Counted:
 class _Override:
     """ComfyUI's `optimized_attention_override`: calls of the picture's go to the taker, all others go on."""
 
-    taker: Callable[[_Joint], Tensor]
+    taker: Callable[[Joint], Tensor]
     calls: _Calls
     earlier: Callable | None
 
@@ -212,124 +192,37 @@ class _Override:
         site = self.calls.next(kwargs.get("transformer_options") or {})
         if site is None:
             return attention(q, k, v, heads, *args, **kwargs)
-        return self.taker(_Joint.of(site, self.calls, attention, (q, k, v), heads, args, kwargs))
+        return self.taker(_joint(site, self.calls, attention, (q, k, v), heads, args, kwargs))
 
 
-@dataclass(frozen=True)
-class _Joint:
-    """One attention call of a transformer.
+def _joint(
+    site: Site,
+    calls: _Calls,
+    attention: Callable,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    heads: int,
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> Joint:
+    """Raises HostError where the tokens do not lie as this family's do."""
+    split, joined = kwargs.get("skip_reshape", False), not kwargs.get("skip_output_reshape", False)
+    left_out = ("mask", "skip_reshape", "skip_output_reshape")
+    others = {name: value for name, value in kwargs.items() if name not in left_out}
+    mask = args[0] if args else kwargs.get("mask")
 
-    Attributes:
-        site: whose.
-        layout: where the picture's tokens lie.
-        q, k, v: (B, H, N, D), of all tokens.
-        mask: as the model gave it.
-        attend: the attention for q, k, v (B, H, N, D) and a mask.
-        plain: the call as it was.
-        joined: whether the heads lie side by side in the output, (B, N, H * D).
-    """
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return attention(q, k, v, heads, mask=mask, skip_reshape=True, skip_output_reshape=True, **others)
 
-    site: Site
-    layout: Layout
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
-    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-    plain: Callable[[], Tensor]
-    joined: bool
+    def plain() -> Tensor:
+        return attention(*qkv, heads, *args, **kwargs)
 
-    @classmethod
-    def of(
-        cls,
-        site: Site,
-        calls: _Calls,
-        attention: Callable,
-        qkv: tuple[Tensor, Tensor, Tensor],
-        heads: int,
-        args: tuple,
-        kwargs: dict[str, Any],
-    ) -> _Joint:
-        """Raises HostError where the tokens do not lie as this family's do."""
-        split, joined = kwargs.get("skip_reshape", False), not kwargs.get("skip_output_reshape", False)
-        left_out = ("mask", "skip_reshape", "skip_output_reshape")
-        others = {name: value for name, value in kwargs.items() if name not in left_out}
-        mask = args[0] if args else kwargs.get("mask")
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-            return attention(q, k, v, heads, mask=mask, skip_reshape=True, skip_output_reshape=True, **others)
-
-        def plain() -> Tensor:
-            return attention(*qkv, heads, *args, **kwargs)
-
-        # Some models give values with the heads apart already, (B, N, H, D), beside joined queries and keys.
-        q, k, v = qkv if split else (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in qkv)
-        layout = calls.layout(site)
-        if q.shape[2] != layout.total:
-            raise HostError(
-                f"at {site.name} of this {calls.family.name} model the attention has {q.shape[2]} tokens, but the "
-                f"prompt ({calls.sequences.text}) and the picture ({layout.grid.height} x {layout.grid.width}) explain "
-                f"{layout.total}: another node adds tokens that KV Injection does not know; disable it"
-            )
-        return cls(site, layout, q, k, v, mask, attend, plain, joined)
-
-    def tokens(self, x: Tensor) -> Tensor:
-        """The picture's part of q, k or v, heads side by side: (B, n, H * D)."""
-        return x[:, :, self.layout.picture].transpose(1, 2).flatten(2)
-
-    def edited(self, call: AttentionCall, q: Tensor) -> Tensor:
-        """The call with the picture's queries edited; `q` are their tokens. All other queries attend as ever."""
-        carried = [one.repeat(1, self.layout.frames, 1) for one in call.carried]
-        joined = call.join(q, self.tokens(self.k), self.tokens(self.v), carried)
-        heads = self.q.shape[1]
-        mine, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in joined)
-        picture = call.attention(mine, k, v, self.attend, self._beside())
-        before = self.layout.before
-        others = self._others(self.q)
-        out = picture
-        if others.shape[2]:
-            rest = self.attend(others, self.k, self.v, self.mask)
-            out = torch.cat((rest[:, :, :before], picture, rest[:, :, before:]), dim=2)
-        return out.transpose(1, 2).flatten(2) if self.joined else out
-
-    def _others(self, x: Tensor) -> Tensor:
-        picture = self.layout.picture
-        return torch.cat((x[:, :, : picture.start], x[:, :, picture.stop :]), dim=2)
-
-    def _beside(self) -> Beside | None:
-        k, v = self._others(self.k), self._others(self.v)
-        if not k.shape[2]:
-            return None
-        bias = None
-        if self.mask is not None:
-            keys = _of_keys(self.mask, self.site)
-            bias = self._others(keys[:, :, :, None])[:, 0, :, 0]
-        return Beside(k, v, bias)
-
-
-def _of_keys(mask: Tensor, site: Site) -> Tensor:
-    """A mask that says which keys may be read, whoever asks, as (B or 1, 1, Nk) to be added to the logits."""
-    if mask.ndim < 3 or mask.shape[-2] != 1 or (mask.ndim == 4 and mask.shape[1] != 1):
+    # Some models give values with the heads apart already, (B, N, H, D), beside joined queries and keys.
+    q, k, v = qkv if split else (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in qkv)
+    layout = calls.layout(site)
+    if q.shape[2] != layout.total:
         raise HostError(
-            f"at {site.name} another node gives the model an attention mask {tuple(mask.shape)} that differs from "
-            "query to query, and KV Injection cannot follow it: take it away (for Apply Style Model, choose 'multiply' "
-            "instead of 'attn_bias')"
+            f"at {site.name} of this {calls.family.name} model the attention has {q.shape[2]} tokens, but the "
+            f"prompt ({calls.sequences.text}) and the picture ({layout.grid.height} x {layout.grid.width}) explain "
+            f"{layout.total}: another node adds tokens that KV Injection does not know; disable it"
         )
-    mask = mask.reshape(mask.shape[0], 1, -1)
-    return (
-        mask if mask.dtype != torch.bool else torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
-    )
-
-
-def _require_same_size(reference: torch.Size, picture: torch.Size, family: Family) -> None:
-    """Raise HostError where a shape reference's queries cannot stand in for the picture's."""
-    if len(picture) == 5 and picture[2] > 1:
-        raise HostError(
-            f"the picture is a video of {picture[2]} latent frames, and a still shape reference cannot lay it out: "
-            "disconnect the shape reference, the appearance works alone"
-        )
-    if family.rotary is not None and reference[-2:] != picture[-2:]:
-        raise HostError(
-            f"the shape reference's latent has {reference[-2]} x {reference[-1]} cells, but the picture's has "
-            f"{picture[-2]} x {picture[-1]}: on {family.name} both must be of one size, resize the shape's image"
-        )
+    return Joint(site, layout, q, k, v, mask, attend, plain, joined)

@@ -148,7 +148,8 @@ def unet_of(pipe: Any) -> UNet2DConditionModel:
     if not isinstance(unet, UNet2DConditionModel):
         raise HostError(
             f"{type(pipe).__name__} has a {type(unet).__name__} where a UNet2DConditionModel is needed: use a pipeline "
-            "of SD1.x, SD2.x or SDXL, and attach before the UNet is compiled"
+            "of SD1.x, SD2.x or SDXL, and attach before the UNet is compiled (Flux and SD3 have a host of their own, "
+            "inversion_core.hosts.diffusers_dit)"
         )
     if any(module._compiled_call_impl is not None for module in unet.modules()):
         raise HostError("this UNet is compiled, which would freeze the injections into it: use it uncompiled")

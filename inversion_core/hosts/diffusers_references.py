@@ -175,12 +175,17 @@ class Passes:
 
 def model_key(unet: torch.nn.Module, scaling_factor: float, levels: NoiseLevels) -> str:
     """Equal for models that see the same in a reference, as far as weights and LoRAs can tell."""
+    return digest([weights_key(unet), scaling_factor, levels.log_sigmas])
+
+
+def weights_key(model: torch.nn.Module) -> str:
+    """Equal for equal weights and LoRAs."""
     try:
-        weights = weights_fingerprint(unet.state_dict())
+        weights = weights_fingerprint(model.state_dict())
     except ValueError:  # offloaded module by module: the weights are somewhere else, and equal to nothing we know
         weights = uuid.uuid4().hex
-    loras = [[name, found] for name, one in unet.named_modules() if (found := _lora(one)) is not None]
-    return digest([weights, loras, scaling_factor, levels.log_sigmas])
+    loras = [[name, found] for name, one in model.named_modules() if (found := _lora(one)) is not None]
+    return digest([weights, loras])
 
 
 def _lora(module: Any) -> list | None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from ..injection import Injection
 from ..sites import Part, Site
 from .base import Grid, HostError
 
@@ -99,6 +100,37 @@ class Family:
     def rules(self, rules: str) -> str:
         """Rules of `sites.select` with what "appearance" means in this family."""
         return ", ".join(self.appearance if one.strip() == "appearance" else one.strip() for one in rules.split(","))
+
+    def fitted(self, injection: Injection) -> Injection:
+        """An injection as models of this family carry it out.
+
+        Raises:
+            HostError: they cannot.
+        """
+        if injection.edit.reference == "normalise":
+            raise HostError(
+                "'normalise' (Ctrl-X) changes what enters a UNet's attention layer, and a diffusion transformer gives "
+                "no hook there: choose 'replace' or 'extend', or another preset"
+            )
+        return replace(
+            injection,
+            sites=self.rules(injection.sites),
+            shape_sites=None if injection.shape_sites is None else self.rules(injection.shape_sites),
+            feature_strength=0.0,  # of a UNet's decoder; there is none here
+        )
+
+    def require_same_size(self, reference: Sequence[int], picture: Sequence[int]) -> None:
+        """Raise HostError where a shape reference's queries cannot stand in for the picture's; shapes of latents."""
+        if len(picture) == 5 and picture[2] > 1:
+            raise HostError(
+                f"the picture is a video of {picture[2]} latent frames, and a still shape reference cannot lay it out: "
+                "disconnect the shape reference, the appearance works alone"
+            )
+        if self.rotary is not None and tuple(reference[-2:]) != tuple(picture[-2:]):
+            raise HostError(
+                f"the shape reference's latent has {reference[-2]} x {reference[-1]} cells, but the picture's has "
+                f"{picture[-2]} x {picture[-1]}: on {self.name} both must be of one size, resize the shape's image"
+            )
 
     def layout_at(self, site: Site, model: Any, sequences: Sequences) -> Layout:
         """The tokens at a site. A block's second call is of the picture alone (SD3.5 medium)."""
