@@ -129,11 +129,20 @@ class _Placing:
             text = re.sub(rf"\s*<{re.escape(name)}>", rf" embedding:<{name}> ", text)
         return super().tokenize_with_weights(text, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _try_get_embedding(self, embedding_name: str) -> tuple[Tensor | None, str]:
+    def _try_get_embedding(self, embedding_name: str) -> tuple:
         first, _, rest = embedding_name.strip().partition(" ")
         if first[:1] == "<" and first[1:-1] in self.learned:
-            return self.learned[first[1:-1]], rest.strip()
+            name = (first,) if _names_are_answered() else ()
+            return self.learned[first[1:-1]], *name, rest.strip()
         return super()._try_get_embedding(embedding_name)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@functools.cache
+def _names_are_answered() -> bool:
+    """Whether tokenizers answer (embedding, its name, rest of the text), as in newer versions, or without the name."""
+    bare = object.__new__(SDTokenizer)
+    bare.embedding_directory, bare.embedding_size, bare.embedding_key = [], 0, ""
+    return len(bare._try_get_embedding("nothing")) == 3
 
 
 @functools.cache

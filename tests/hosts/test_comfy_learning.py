@@ -20,6 +20,7 @@ from demo import world
 from demo.generate import generate
 from demo.model import DemoModel, load_demo_model
 from demo.text import WIDTH
+from inversion_core.hosts import comfy_inversion
 from inversion_core.hosts.base import HostError
 from inversion_core.hosts.comfy_inversion import apply_inversion, knows_word, with_tokens
 from inversion_core.hosts.comfy_learning import ComfyLearningModel, fingerprint, learning_model
@@ -421,6 +422,19 @@ def test_a_name_needs_no_spaces_around_it(text: str) -> None:
     kinds = ["x" if isinstance(one, Tensor) else one for one, _ in clip.tokenize(text)["l"][0]]
     plain = [one for one, _ in clip.tokenize("a b")["l"][0]]
     assert kinds[:4] == [plain[0], plain[1], "x", plain[2]]
+
+
+def test_learned_words_are_answered_in_the_form_of_this_comfyui(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newer ones also want the name. The form of the one that is installed is tested by every prompt."""
+    newer = staticmethod(lambda *_: (None, "", ""))
+    monkeypatch.setattr(comfy_inversion.SDTokenizer, "_try_get_embedding", newer)
+    comfy_inversion._names_are_answered.cache_clear()
+    try:
+        clip = with_tokens(demo_clip(), {"x": {"clip_l": random(1, WIDTH, seed=1)}})
+        vectors, name, rest = clip.tokenizer.clip_l._try_get_embedding("<x> on snow")
+    finally:
+        comfy_inversion._names_are_answered.cache_clear()
+    assert vectors.shape == (1, WIDTH) and (name, rest) == ("<x>", "on snow")
 
 
 def test_several_inversions_chain_and_names_stay_apart() -> None:
