@@ -1,6 +1,7 @@
 """Every workflow of the pack, on the real server: its two forms say the same, and it runs as it is opened."""
 
 import json
+import os
 import urllib.request
 from collections.abc import Callable
 from typing import Any
@@ -85,6 +86,7 @@ def plain(node: dict[str, Any], origin: Callable[[int], Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.skipif("COMFYUI_PATH" in os.environ, reason="the stock nodes of other versions have other sockets")
 def test_the_page_form_is_what_the_script_makes_of_the_api_form(client: ComfyClient, name: str) -> None:
     known = workflows.definitions_of(client, load_graph(workflows.APIS / f"{name}.json"))
     said = (workflows.PAGES / f"{name}.json").read_text(encoding="utf-8")
