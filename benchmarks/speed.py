@@ -1,4 +1,4 @@
-"""``python -m benchmarks.speed --json FILE``: what does KV Injection cost beside the plain model?
+"""``python -m benchmarks.speed --json FILE``: what do KV Injection and learning cost beside the plain model?
 
 UNets of SD1.5's and SDXL's real sizes and a stack of Flux's blocks (one double, two single), with random weights,
 sampled by ComfyUI; half precision, on the GPU if there is one. A step is one evaluation for the positive and the
@@ -11,6 +11,12 @@ Ratios to the plain step, for each preset (with its shape reference where the me
     flop_floor: what the first would be, were all FLOPs equally fast and none done twice or in vain;
     flops_ratio: FLOPs counted, bank full;
     peak_memory_ratio: most memory held at once beside the weights and the bank, bank full.
+
+Of learning on SD1.5's sizes (`training_steps`), for each kind of inversion:
+    training_step_ratio: our step / the bare pass forwards and backwards of the same rows;
+    diffusers_step_ratio: our step / one of diffusers' textual inversion;
+    peak_memory_ratio: most memory held at once beside the weights / that of diffusers' textual inversion;
+    checkpointed_peak_memory_ratio: the same with our checkpointing; both_...: with theirs, too.
 """
 
 from __future__ import annotations
@@ -32,7 +38,7 @@ from .memory import peak_bytes
 
 Figures = dict[str, Any]
 
-PARTS = ("attention", "contrast", "rows")
+PARTS = ("attention", "contrast", "rows", "training")
 CONTRAST_TOKENS = 4096
 MODELS = ("sd15", "sdxl", "flux")
 HEADS = {"sd15": (8, 40), "sdxl": (10, 64)}
@@ -40,17 +46,18 @@ HEADS = {"sd15": (8, 40), "sdxl": (10, 64)}
 
 
 class Size(NamedTuple):
-    """How much is measured."""
+    """How much is measured. `rows`: of a training's micro-batch."""
 
     latents: dict[str, int]
     pairs: int
     steps: int
+    rows: int
     tiny: bool
 
 
-QUICK = Size({"sd15": 16, "sdxl": 16, "flux": 16}, pairs=1, steps=10, tiny=True)
-CPU = Size({"sd15": 32, "sdxl": 24, "flux": 32}, pairs=3, steps=50, tiny=False)
-GPU = Size({"sd15": 64, "sdxl": 128, "flux": 128}, pairs=25, steps=50, tiny=False)
+QUICK = Size({"sd15": 16, "sdxl": 16, "flux": 16}, pairs=1, steps=10, rows=1, tiny=True)
+CPU = Size({"sd15": 32, "sdxl": 24, "flux": 32}, pairs=3, steps=50, rows=1, tiny=False)
+GPU = Size({"sd15": 64, "sdxl": 128, "flux": 128}, pairs=25, steps=50, rows=4, tiny=False)
 
 
 def measure(file: Path, parts: tuple[str, ...], size: Size, models: tuple[str, ...] = MODELS) -> Figures:
@@ -65,6 +72,12 @@ def measure(file: Path, parts: tuple[str, ...], size: Size, models: tuple[str, .
     if "rows" in parts:
         figures["rows"] = steps.rows(size.steps)
         _write(file, figures)
+    if "training" in parts:
+        from . import training_steps
+
+        found = figures["training"] = {}
+        size_of_it = {"latent": size.latents["sd15"], "rows": size.rows, "pairs": size.pairs, "tiny": size.tiny}
+        training_steps.measure_training(found, dtype, **size_of_it, save=partial(_write, file, figures))
     if "attention" in parts:
         figures["unets"] = {}
         for name in models:
@@ -136,7 +149,18 @@ def tables(figures: Figures) -> str:
         ]
         head = ["preset", "picture", "references, bank cold", "references, bank warm"]
         lines += ["", f"**Rows at {steps} steps**", "", *_table(head, body)]
+    if "training" in figures:
+        lines += ["", *_training(figures["training"])]
     return "\n".join(lines) + "\n"
+
+
+def _training(figures: Figures) -> list[str]:
+    keys = ("training_step_ratio", "diffusers_step_ratio")
+    memory = ("peak_memory_ratio", "checkpointed_peak_memory_ratio", "both_checkpointed_peak_memory_ratio")
+    body = [[kind, *(f"{one[key]:.2f}" for key in (*keys, *memory))] for kind, one in figures["kinds"].items()]
+    head = ["kind", *keys, *memory]
+    size = f"latents of {figures['latent']}x{figures['latent']}, rows: {figures['rows']}"
+    return [f"**Training on sd15**, {size}", "", *_table(head, body)]
 
 
 def _table(head: list[str], body: list[list[str]]) -> list[str]:

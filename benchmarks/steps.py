@@ -101,11 +101,15 @@ def measure_rival(found: Figures, plain_figures: Figures, pairs: int, plain: Wor
 
 
 def seconds(work: Work) -> float:
-    """On a GPU by the clock (the work has ended when it returns), on the CPU what one thread worked."""
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    """How long it takes, by `clock`. The work has ended when it returns."""
     start = clock()
     work()
     return clock() - start
+
+
+def clock() -> float:
+    """Seconds: with a GPU those on the wall, on the CPU those that this process worked."""
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
 def rows(steps: int) -> Figures:
