@@ -69,6 +69,18 @@ class Setting:
     noise: Tensor
     level: Tensor
 
+    @classmethod
+    def of(cls, dtype: torch.dtype, latent: int, rows: int, tiny: bool) -> Setting:
+        """Random weights; `tiny`: block for block the same, a tenth of their width."""
+        unet = build("sd15", latent, dtype, tiny=tiny)
+        device = unet.patcher.load_device
+        clip, text = _text_encoders(unet.positive[0][0].shape[2])
+        torch.manual_seed(1)
+        clean, noise = (torch.randn(rows, 4, latent, latent).to(device) for _ in range(2))
+        level = torch.linspace(0.3, 0.7, rows, device=device)
+        twin = _diffusers(unet.patcher).to(device)
+        return cls(unet.patcher, clip, twin, text.to(device), clean, noise, level)
+
 
 def measure_training(
     figures: Figures, dtype: torch.dtype, *, latent: int, rows: int, pairs: int, tiny: bool, save: Work
@@ -76,7 +88,7 @@ def measure_training(
     """Everything, into `figures`; `save` is called after each part."""
     figures |= {"latent": latent, "rows": rows, "pairs": pairs, "tiny": tiny, "kinds": {}}
     with torch.inference_mode(False), torch.enable_grad():
-        setting = _setting(dtype, latent, rows, tiny)
+        setting = Setting.of(dtype, latent, rows, tiny)
         rival = TextualInversion(setting)
         figures["diffusers_peak_mib"] = _mib(rival.peak())
         setting.unet.train().enable_gradient_checkpointing()
@@ -212,18 +224,7 @@ def _material(setting: Setting) -> Material:
     return Material(latents, masks, (("a <x> shape",),) * len(latents), latents[:1], masks[:1], preview, "")
 
 
-def _setting(dtype: torch.dtype, latent: int, rows: int, tiny: bool) -> Setting:
-    unet = build("sd15", latent, dtype, tiny=tiny)
-    device = unet.patcher.load_device
-    clip, text = _text_encoders(unet.positive[0][0].shape[2])
-    torch.manual_seed(1)
-    clean, noise = (torch.randn(rows, 4, latent, latent).to(device) for _ in range(2))
-    level = torch.linspace(0.3, 0.7, rows, device=device)
-    text.to(device)
-    return Setting(unet.patcher, clip, _diffusers(unet.patcher, tiny).to(device), text, clean, noise, level)
-
-
-def _diffusers(patcher: Patcher, tiny: bool) -> Any:
+def _diffusers(patcher: Patcher) -> Any:
     """The UNet in diffusers' clothes, on the same tensors."""
     config = patcher.model.model_config.unet_config
     width = config["model_channels"]

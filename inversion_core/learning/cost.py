@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .guides import Guides
 from .lesson import InversionLesson
 from .material import Material
 from .model import LearningModel
@@ -30,7 +31,7 @@ class Cost:
         return f"{self.steps} steps of {self.batch} pictures: about {minutes}:{seconds:02d} minutes{memory}"
 
 
-def foreseen(model: LearningModel, material: Material, plan: Plan) -> Cost:
+def foreseen(model: LearningModel, material: Material, plan: Plan, guides: Guides | None = None) -> Cost:
     """Time one row of every stage, forwards and backwards; nothing is learned.
 
     Several rows at once take less time than one after another on a GPU, so this is an upper bound; so it is where a
@@ -39,7 +40,7 @@ def foreseen(model: LearningModel, material: Material, plan: Plan) -> Cost:
     Raises:
         RuntimeError: memory does not suffice for one row even with checkpointing, as PyTorch says it.
     """
-    lesson, before = InversionLesson(model, material, plan), model.checkpointing
+    lesson, before = InversionLesson(model, material, plan, guides), model.checkpointing
     try:
         return _measured(lesson, model.device)
     except RuntimeError as error:

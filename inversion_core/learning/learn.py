@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from .guides import Guides
 from .inversion import Inversion
 from .lesson import InversionLesson
 from .material import Material
@@ -21,6 +22,7 @@ def learn(
     material: Material,
     plan: Plan,
     *,
+    guides: Guides | None = None,
     micro_batch: int = 4,
     checkpoint: Path | None = None,
     job: str = "",
@@ -30,13 +32,14 @@ def learn(
 
     Args:
         material: what `prepare` made of the pictures for this plan.
+        guides: what some objectives need; no part of the hash of a training unless the caller puts it there.
         progress: told after each step, with the lesson as it stands; what it raises ends the learning.
         micro_batch, checkpoint, job: see `trainer.train`.
 
     Raises:
         LearningError: see `trainer.train`.
     """
-    lesson = InversionLesson(model, material, plan)
+    lesson = InversionLesson(model, material, plan, guides)
     history = train(
         lesson,
         plan.stages,

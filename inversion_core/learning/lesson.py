@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..statistics import channel_statistics
 from . import objectives
+from .guides import Guides
 from .inversion import Inversion, Kind, LowRankWeights
 from .material import Material
 from .model import Attention, Conditioning, LearningError, LearningModel
@@ -43,14 +44,17 @@ class _Rows(NamedTuple):
 class InversionLesson:
     """Token and offset of one concept and their losses on its material."""
 
-    def __init__(self, model: LearningModel, material: Material, plan: Plan) -> None:
+    def __init__(self, model: LearningModel, material: Material, plan: Plan, guides: Guides | None = None) -> None:
         self.model, self.plan, self.material = model, plan, material
+        self._guides = guides or Guides()
         self._attentions = model.attentions()
         sites = plan.sites or (SHAPE_SITES if plan.kind == "shape" else APPEARANCE_SITES)
         self._layers = sites.layers(self._attentions)
         sizes = {name: _size(layer) for name, layer in self._layers.items()}
         self.offset = Offset(sizes, plan.rank, plan.seed).to(model.device)
         self.token = Token(plan.name, model.words(plan.class_word), plan.vectors)
+        for stage in plan.stages:
+            self._guides.require(list(stage.objectives), self.token.vectors)
         self._latents, self._masks = material.latents.to(model.device), material.masks.to(model.device)
 
     @property
@@ -162,6 +166,14 @@ class InversionLesson:
         if "moments" in wanted:
             mean, std = self._reference_moments
             found["moments"] = objectives.moments(clean, rows.mask, mean, std) * objectives.alpha_bar(schedule)
+        if "features" in wanted:
+            assert self._guides.look is not None
+            found["features"] = self._guides.look.distance(clean, rows.mask, schedule)
+        # Of the token alone, so the same for every row.
+        if "token_mse" in wanted:
+            found["token_mse"] = self._guides.token_mse(self.token.vectors).expand(len(rows.prompts))
+        if "projected" in wanted:
+            found["projected"] = self._guides.projected(self.token.vectors).expand(len(rows.prompts))
         return {name: value * wanted[name] for name, value in found.items() if name in wanted}
 
     def _attention_on_mask(self, rows: _Rows, conditioning: Conditioning, seen: Mapping[str, Tensor]) -> Tensor:

@@ -16,6 +16,9 @@ OBJECTIVES = {
     "attention_on_mask": "the picture reads the token inside the mask and nowhere else (Break-A-Scene)",
     "attention_distillation": "self-attention gives what it would give over the reference (Attention Distillation)",
     "moments": "mean and deviation of the predicted latent inside the mask are the reference's",
+    "features": "a backbone sees in the decoded clean estimate what it sees in the pictures, most where noise is low",
+    "projected": "a head fitted on other tokens takes the token to the pictures' whitened CLS",
+    "token_mse": "the token is a given vector: the pictures' CLS as the founding plan had it, or a mask embedding",
 }
 """Names a stage may weigh, and what they ask for."""
 

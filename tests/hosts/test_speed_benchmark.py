@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import speed, steps
+from benchmarks import speed, steps, training_steps
 from benchmarks.arithmetic import extra_flops, flops_of
 from benchmarks.memory import peak_bytes
 from benchmarks.rivals import doubled_masactrl, materialised_cross_image
@@ -83,7 +83,7 @@ def test_everything_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(speed, "CONTRAST_TOKENS", 64)
     monkeypatch.setattr(speed, "HEADS", {"sd15": (8, 40)})
     file = tmp_path / "speed.json"
-    figures = speed.measure(file, speed.PARTS, speed.QUICK, ("sd15",))
+    figures = speed.measure(file, ("attention", "contrast", "rows"), speed.QUICK, ("sd15",))
     assert json.loads(file.read_text(encoding="utf-8")) == figures
     measured = figures["unets"]["sd15"]
     for name in presets:
@@ -125,3 +125,41 @@ def test_the_peak_is_what_is_held_at_once() -> None:
         del second, third
 
     assert peak_bytes(work) == 5 * 2**20
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_all_three_train_on_the_same_model() -> None:
+    """diffusers' UNet and text encoder give what ComfyUI's do, and its loop changes one row of the table alone."""
+    with torch.inference_mode(False):
+        setting = training_steps.Setting.of(torch.float32, 8, 1, tiny=True)
+        states = torch.randn(1, 77, 64)
+        noisy, timestep = torch.randn(1, 4, 8, 8), torch.tensor([500])
+        with torch.no_grad():
+            ours = setting.patcher.model.diffusion_model(noisy, timestep, context=states)
+            torch.testing.assert_close(setting.unet(noisy, timestep, states).sample, ours, atol=1e-4, rtol=1e-3)
+            tokens = setting.clip.tokenize("a red star")
+            ids = torch.tensor([[one for one, _ in tokens["l"][0]]])
+            encoded = setting.clip.cond_stage_model.encode_token_weights(tokens)[0]
+            torch.testing.assert_close(setting.text(ids)[0], encoded, atol=1e-4, rtol=1e-3)
+        rival = training_steps.TextualInversion(setting)
+        before = rival.table.weight.detach().clone()
+        rival.begin()
+        rival.step()
+        changed = (rival.table.weight.detach() != before).any(1)
+        assert changed.nonzero().flatten().tolist() == [rival.word]
+
+
+def test_training_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held at once is measured elsewhere: recording it takes long."""
+    monkeypatch.setattr(training_steps, "peak_bytes", lambda work: work() or 2**20)
+    size = speed.QUICK._replace(latents={"sd15": 8})
+    file = tmp_path / "speed.json"
+    figures = speed.measure(file, ("training",), size)
+    assert json.loads(file.read_text(encoding="utf-8")) == figures
+    assert figures["training"]["kinds"].keys() == {"shape", "appearance"}
+    for found in figures["training"]["kinds"].values():
+        assert all(value > 0 for value in found.values())
+        assert {"training_step_ratio", "diffusers_step_ratio", "checkpointed_peak_memory_ratio"} <= found.keys()
+    assert "Training on sd15" in speed.tables(figures)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from inversion_core.learning.guides import Guides, Look, Projection
 from inversion_core.learning.inversion import Inversion
 from inversion_core.learning.learn import job_of, learn
 from inversion_core.learning.lesson import InversionLesson
@@ -16,6 +17,7 @@ from inversion_core.learning.model import LearningError, Prediction
 from inversion_core.learning.offset import Sites
 from inversion_core.learning.plan import OBJECTIVES, Plan
 from inversion_core.learning.recipes import APPEARANCE_OBJECTIVES, SPENDING, Quality, stages
+from inversion_core.learning.silhouette import mask_embedding
 from inversion_core.learning.trainer import Progress, Stage
 
 from .toy import ToyModel, encode, picture
@@ -23,6 +25,27 @@ from .toy import ToyModel, encode, picture
 SHAPE = Plan("shape", "x", "red box", stages("shape", 30, 4), vectors=2, rank=2, variants=6)
 APPEARANCE = replace(SHAPE, kind="appearance", stages=stages("appearance", 30, 4))
 PLANS = pytest.mark.parametrize("plan", [SHAPE, APPEARANCE], ids=["shape", "appearance"])
+
+
+OF_TOKEN = ("projected", "token_mse")
+"""Objectives that know nothing of the model."""
+
+
+def decode(latents: Tensor) -> Tensor:
+    """The inverse of `encode`, roughly."""
+    return (torch.nn.functional.interpolate(latents[:, :3], scale_factor=4.0) + 2) / 4
+
+
+def see(pictures: Tensor) -> Tensor:
+    """Eight random features, the same each time."""
+    small = torch.nn.functional.adaptive_avg_pool2d(pictures, 4).flatten(1)
+    return torch.tanh(small @ torch.randn(48, 8, generator=torch.Generator().manual_seed(0)))
+
+
+def guides() -> Guides:
+    torch.manual_seed(4)
+    head = torch.nn.Linear(8, 8).requires_grad_(False)
+    return Guides(Look.of(decode, see, *picture()), {"toy": torch.randn(8)}, Projection("toy", head, torch.randn(8)))
 
 
 def material(plan: Plan) -> Material:
@@ -61,13 +84,13 @@ def test_a_shape_goes_to_all_attention_and_an_appearance_to_self_attention_unles
     assert layers(replace(SHAPE, sites=Sites(("self",), ("to_q",)))) == {"block.attn1.to_q"}
 
 
-@pytest.mark.parametrize("objective", list(OBJECTIVES))
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name not in OF_TOKEN])
 @PLANS
 def test_every_objective_alone_moves_what_is_learned(plan: Plan, objective: str) -> None:
     """Four rows; the offset gets its gradient through up, as down's is zero at first."""
     stage = Stage("s", 1, {"token": 1e-2, "offset": 1e-2}, {objective: 2.0})
     everywhere = Sites(("self", "cross"))
-    lesson = InversionLesson(ToyModel(), material(plan), replace(plan, stages=(stage,), sites=everywhere))
+    lesson = InversionLesson(ToyModel(), material(plan), replace(plan, stages=(stage,), sites=everywhere), guides())
     losses = lesson.losses(stage, 0, range(4))
     assert losses.keys() == {objective}
     assert losses[objective].shape == (4,)
@@ -75,6 +98,53 @@ def test_every_objective_alone_moves_what_is_learned(plan: Plan, objective: str)
     moved = [float(up.grad.abs().sum()) for up, _ in lesson.offset.weights().values() if up.grad is not None]
     assert moved
     assert max(moved) > 0
+
+
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_every_objective_can_be_a_stage_whose_loss_falls(objective: str) -> None:
+    stage = Stage("s", 30, {"token": 3e-2, "offset": 1e-2}, {objective: 1.0}, levels=(0.0, 0.7))
+    plan = replace(APPEARANCE, stages=(stage,), sites=Sites(("self", "cross")))
+    found, history = learn(ToyModel(), material(plan), plan, guides=guides())
+    assert history.evaluations[-1][1] < history.evaluations[0][1]
+    # The toy's self-attention comes before it reads the token.
+    moved = not torch.equal(found.token["toy"], found.initial["toy"])
+    assert moved is (objective != "attention_distillation")
+    assert any(bool(change.up.any()) for change in found.offset.values()) is (objective not in OF_TOKEN)
+
+
+def test_objectives_without_their_guides_are_refused() -> None:
+    for objective in ("features", *OF_TOKEN):
+        plan = replace(APPEARANCE, stages=(Stage("s", 1, {"token": 1.0}, {objective: 1.0}),))
+        with pytest.raises(LearningError, match=f"{objective} needs features"):
+            InversionLesson(ToyModel(), material(plan), plan)
+    plan = replace(APPEARANCE, stages=(Stage("s", 1, {"token": 1.0}, {"token_mse": 1.0}),))
+    with pytest.raises(LearningError, match="a vector of 5 for toy, but this model has toy of 8"):
+        InversionLesson(ToyModel(), material(plan), plan, Guides(token={"toy": torch.ones(5)}))
+
+
+def test_the_background_does_not_count_for_features() -> None:
+    pictures, masks = picture()
+    other = torch.where(masks[..., None] > 0, pictures, torch.rand(1, 1, 1, 3))
+    looks = [Look.of(decode, see, one, masks).wanted for one in (pictures, other)]
+    torch.testing.assert_close(*looks)
+    assert not torch.equal(looks[0], Look.of(decode, see, 1 - pictures, masks).wanted)
+
+
+def test_the_mask_embedding_explains_silhouettes() -> None:
+    model, plan = ToyModel(), replace(SHAPE, vectors=1)
+    _, masks = picture()
+    found = mask_embedding(model, encode, masks, plan, steps=40)["toy"]
+    again = mask_embedding(model, encode, masks, plan, steps=40)["toy"]
+    assert torch.equal(found, again)
+    stage = Stage("s", 1, {"token": 1.0}, {"diffusion": 1.0})
+    silhouettes = prepare(encode, masks[..., None].expand(-1, -1, -1, 3), torch.ones_like(masks), plan)
+    kept = replace(silhouettes, latents=silhouettes.reference.expand(6, -1, -1, -1), prompts=(("a <x>",),) * 6)
+    losses = []
+    for vectors in (model.words(plan.class_word)["toy"][:1], found):
+        lesson = InversionLesson(model, kept, replace(plan, stages=(stage,)))
+        lesson.token.vectors["toy"].data.copy_(vectors)
+        losses.append(lesson.evaluate(stage))
+    assert losses[1] < losses[0]
 
 
 def test_weights_multiply_and_rows_do_not_depend_on_their_company() -> None:
