@@ -11,9 +11,9 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,11 +23,16 @@ from torch import Tensor
 from demo import comfy as comfy_host
 from demo.weights import FOLDER
 
-from .concepts import concepts, together
+from .concepts import Concept, Newcomer, concepts, newcomers, together
+
+if TYPE_CHECKING:
+    from demo.model import DemoModel
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-KINDS = ("shape", "appearance", "both")
+KINDS = ("shape", "appearance", "both", "joint")
 LEARNING = ("augmentation", "lesson", "material", "objectives", "offset", "plan", "recipes", "token", "trainer")
+PAIRED = ("ours", "textual inversion", "dreambooth lora")
+"""Methods of which a shape and an appearance, learned apart, go into one picture."""
 SHOWN = 6
 """Pictures kept of each concept."""
 
@@ -41,7 +46,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="where to save pictures of ours as one image")
     parser.add_argument("--concepts", type=int, default=8, help="of each kind")
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"some of {', '.join(KINDS)}, by commas")
-    parser.add_argument("--methods", help="names by commas (default: all); 'both' is of 'ours' alone")
+    parser.add_argument("--methods", help="names by commas (default: all)")
     parser.add_argument("--steps", type=int, default=300, help="of learning, the same for every method")
     parser.add_argument("--prompts", type=int, default=12, help="pictures for each concept")
     parser.add_argument("--tuning", action="store_true", help="the tuning concepts: values may be chosen on them")
@@ -79,7 +84,7 @@ class Bench:
         state = hashlib.sha256()
         files = [*sorted(FOLDER.glob("*.safetensors")), *sorted((ROOT / "demo").glob("*.py"))]
         files += [ROOT / "inversion_core" / "learning" / f"{name}.py" for name in LEARNING]
-        files += [Path(__file__).with_name(f"{name}.py") for name in ("concepts", "measures", "methods")]
+        files += [Path(__file__).with_name(f"{name}.py") for name in ("concepts", "joint", "measures", "methods")]
         for file in files:
             state.update(file.read_bytes())
         self.folder = ROOT / "runs" / "inversion" / state.hexdigest()[:12]
@@ -93,21 +98,26 @@ class Bench:
         save: Callable[[dict[str, Any]], object] = lambda _: None,
     ) -> dict[str, Any]:
         """All figures asked for: kind -> method -> mean of each figure; saved after each round of concepts."""
+        from .joint import WAYS
         from .methods import METHODS, chosen
 
         methods = list(METHODS if names is None else chosen([name.strip() for name in names.split(",")]))
+        pairs = [name for name in PAIRED if name in methods]
         figures: dict[str, Any] = {}
         for done in range(1, number + 1):
             figures = {"steps": self.steps, "prompts": self.prompts, "concepts": done}
             for kind in kinds:
-                rows = {name: self._rows(kind, name, done) for name in (["ours"] if kind == "both" else methods)}
+                which = {"both": pairs, "joint": WAYS}.get(kind, methods)
+                rows = {name: self._rows(kind, name, done) for name in which}
                 figures[kind] = {name: _mean(some) for name, some in rows.items()}
             save(figures)
         return figures
 
     def _rows(self, kind: str, name: str, number: int) -> list[Figures]:
         if kind == "both":
-            return [self._both(index) for index in range(number)]
+            return [self._both(name, index) for index in range(number)]
+        if kind == "joint":
+            return [self._joint(name, one) for one in newcomers(number, self.tuning)]
         return [self._one(name, concept) for concept in concepts(kind, number, self.tuning)]  # pyright: ignore[reportArgumentType]
 
     def _one(self, name: str, concept: Any) -> Figures:
@@ -133,28 +143,54 @@ class Bench:
 
         return self._kept(self._file(name, concept.kind, concept.seed, "npz"), make)
 
-    def _both(self, index: int) -> Figures:
+    def _both(self, name: str, index: int) -> Figures:
         """Shape and appearance of two concepts, learned apart, in one picture."""
-        from demo.model import DemoModel
-        from inversion_core.hosts.comfy_inversion import apply_inversion
-        from inversion_core.learning.files import load_inversion
-
         from . import measures
 
         pair = [concepts(kind, index + 1, self.tuning)[index] for kind in ("shape", "appearance")]
         for concept in pair:
-            self._one("ours", concept)
+            self._one(name, concept)
 
         def make() -> tuple[Figures, Tensor]:
-            model, clip = self.demo.model, self.demo.clip
-            for concept in pair:
-                found = load_inversion(self._file("ours", concept.kind, concept.seed, "safetensors"))
-                model, clip = apply_inversion(model, clip, found)
             wanted = together(pair[0], pair[1], self.prompts)
-            pictures = self._draw(DemoModel(model, clip, self.demo.vae), wanted)
+            pictures = self._draw(self.applied(name, pair), wanted)
             return measures.appearance_figures(pictures, wanted, self.judge), pictures
 
-        return self._kept(self._file("ours", "both", pair[0].seed, "npz"), make)
+        return self._kept(self._file(name, "both", pair[0].seed, "npz"), make)
+
+    def applied(self, name: str, learned: Sequence[Concept]) -> DemoModel:
+        """The demo model with what a method learned of some concepts."""
+        from demo.model import DemoModel
+        from inversion_core.hosts.comfy_inversion import apply_inversion
+        from inversion_core.learning.files import load_inversion
+
+        model, clip = self.demo.model, self.demo.clip
+        for concept in learned:
+            found = load_inversion(self._file(name, concept.kind, concept.seed, "safetensors"))
+            model, clip = apply_inversion(model, clip, found)
+        return DemoModel(model, clip, self.demo.vae)
+
+    def _joint(self, way: str, newcomer: Newcomer) -> Figures:
+        """Shape and appearance of one picture."""
+        from . import measures
+        from .joint import learned_both
+
+        def make() -> tuple[Figures, Tensor]:
+            demo = learned_both(way, newcomer, self.steps, self.demo)
+            prompts = newcomer.wanted("shape", self.prompts)
+            figures = measures.shape_figures(self._draw(demo, prompts), prompts, self.judge)
+            found = {key: figures[key] for key in ("shape_present", "prompt_obeyed")}
+            prompts = newcomer.wanted("appearance", self.prompts)
+            figures = measures.appearance_figures(self._draw(demo, prompts), prompts, self.judge)
+            found |= {key: figures[key] for key in ("appearance", "shape_obeyed")}
+            prompts = newcomer.wanted_together(self.prompts)
+            pictures = self._draw(demo, prompts)
+            figures = measures.appearance_figures(pictures, prompts, self.judge)
+            found |= {f"both_{key}": figures[key] for key in ("appearance", "shape_obeyed")}
+            print("joint", newcomer.seed, way, {key: round(value, 2) for key, value in found.items()}, flush=True)
+            return found, pictures
+
+        return self._kept(self._file(way, "joint", newcomer.seed, "npz"), make)
 
     def _draw(self, demo: Any, wanted: list) -> Tensor:
         from demo.generate import generate
@@ -182,6 +218,8 @@ class Bench:
         rows = []
         for kind in kinds:
             for index in range(number):
+                if kind == "joint":
+                    continue
                 pair = [concepts(one, index + 1, self.tuning)[index] for one in ("shape", "appearance")]
                 shown = pair if kind == "both" else [one for one in pair if one.kind == kind]
                 sources = [(world.render(one.factors).image * 255).round().astype(np.uint8) for one in shown]

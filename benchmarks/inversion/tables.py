@@ -9,6 +9,14 @@ COLUMNS = {
     "shape": ("shape_present", "prompt_obeyed", "colour", "texture", "background", "seconds_per_step", "steps"),
     "appearance": ("appearance", "shape_obeyed", "colour", "texture", "background", "seconds_per_step", "steps"),
     "both": ("appearance", "shape_obeyed", "colour", "texture", "background"),
+    "joint": (
+        "shape_present",
+        "prompt_obeyed",
+        "appearance",
+        "shape_obeyed",
+        "both_appearance",
+        "both_shape_obeyed",
+    ),
 }
 
 

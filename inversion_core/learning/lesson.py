@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -28,6 +28,9 @@ OUTSIDE: dict[Kind, float] = {"shape": 0.5, "appearance": 0.0}
 """What the surroundings count in the diffusion loss: an outline is known by both its sides, an appearance is not."""
 MAP_TOKENS = 256
 """Attention maps are compared with the mask at the resolution nearest to 16x16, as in Break-A-Scene."""
+UNPROMPTED = 0.1
+"""Share of rows without a prompt, unless the token is learned alone: guidance compares with the empty prompt, which an
+offset changes, too."""
 EVALUATION_ROWS = 8
 
 
@@ -66,11 +69,15 @@ class InversionLesson:
         """Keeps the token's length sane."""
         self.token.keep_sane()
 
+    def applied(self) -> AbstractContextManager[None]:
+        """While inside, the model works with the offset as it stands."""
+        return self.offset.applied(self._layers)
+
     def save_memory(self) -> bool:
         """Switch the model to checkpointing; False if it was already."""
         if self.model.checkpointing is not None:
             return False
-        self.model.checkpointing = lambda: self.offset.applied(self._layers)
+        self.model.checkpointing = self.applied
         return True
 
     def losses(self, stage: Stage, step: int, rows: Sequence[int]) -> dict[str, Tensor]:
@@ -109,12 +116,14 @@ class InversionLesson:
         seed = [self.plan.seed, *stream]
         shift = np.random.default_rng(seed).random()
         low, high = stage.levels
+        unprompted = UNPROMPTED if stage.rates.keys() - {"token"} else 0
         chosen, noises, levels, prompts = [], [], [], []
         for row in rows:
             rng = np.random.default_rng([*seed, 1, row])
             which = int(rng.integers(len(self.material.prompts)))
             chosen.append(which)
-            prompts.append(str(rng.choice(self.material.prompts[which])))
+            said = str(rng.choice(self.material.prompts[which]))
+            prompts.append("" if rng.random() < unprompted else said)
             generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
             noises.append(torch.randn(self._latents.shape[1:], generator=generator))
             levels.append(low + (high - low) * (row + shift) / batch)
@@ -133,7 +142,7 @@ class InversionLesson:
         x = torch.randn(1, *self._latents.shape[1:], generator=generator).to(self._latents)
         levels = torch.linspace(1 - 1e-4, 0, steps + 1, device=x.device)[:, None]
         conditioning = model.encode(prompt, {self.plan.name: self.token.vectors})
-        with self.offset.applied(self._layers):
+        with self.applied():
             for level, following in pairwise(levels):
                 output, schedule = model.predict(x, level, conditioning), model.schedule(level)
                 clean = objectives.clean_estimate(model.prediction, output, x, schedule)
@@ -149,7 +158,7 @@ class InversionLesson:
         noisy = objectives.noised(rows.clean, rows.noise, schedule)
         conditioning = model.encode(rows.prompts, {self.plan.name: self.token.vectors})
         with ExitStack() as stack:
-            stack.enter_context(self.offset.applied(self._layers))
+            stack.enter_context(self.applied())
             seen = stack.enter_context(recorded(self._watched(wanted)))
             output = model.predict(noisy, rows.level, conditioning)
         clean = objectives.clean_estimate(model.prediction, output, noisy, schedule)
@@ -187,7 +196,8 @@ class InversionLesson:
             if q.shape[1] == tokens
         ]
         mask = F.interpolate(rows.mask, size=objectives.grid_of(tokens, latent), mode="area").flatten(1)
-        return objectives.attention_on_mask(torch.stack(maps).mean(0), mask)
+        found = objectives.attention_on_mask(torch.stack(maps).mean(0), mask)
+        return torch.where(places.any(1), found, 0)
 
     def _distillation(self, rows: _Rows, seen: Mapping[str, Tensor]) -> Tensor:
         latent = (rows.clean.shape[-2], rows.clean.shape[-1])

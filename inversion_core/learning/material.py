@@ -74,7 +74,8 @@ def prepare(
     for number in range(plan.variants):
         variant, templates = _variant(pictures, masks, plan, number)
         latents.append(_encoded(encode, variant.picture))
-        grids.append(F.interpolate(variant.mask[None], size=latents[0].shape[-2:], mode="area"))
+        grid = F.interpolate(variant.mask[None], size=latents[0].shape[-2:], mode="area")
+        grids.append(_inside(grid) if plan.kind == "appearance" else grid)
         words = {"words": variant.words, "token": f"<{plan.name}>"}
         prompts.append(tuple(" ".join(template.format(**words).split()) for template in templates))
         if progress is not None:
@@ -124,6 +125,13 @@ def _variant(pictures: Tensor, masks: Tensor, plan: Plan, number: int) -> tuple[
     if plan.beside and turn % 2:
         return Variant(picture, mask, plan.beside), BESIDE
     return with_new_geometry(picture, mask, rng), TEMPLATES["appearance"]
+
+
+def _inside(mask: Tensor) -> Tensor:
+    """The cells that lie wholly on the object: what its border looks like is no part of an appearance. Of an object
+    that has few such cells, all."""
+    whole = (mask > 0.99).to(mask.dtype)
+    return whole if float(whole.sum()) >= 0.25 * float(mask.sum()) else mask
 
 
 def _encoded(encode: Encode, picture: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class Sites:
         return chosen
 
 
-SHAPE_SITES = Sites(("self", "cross"))
+SHAPE_SITES = Sites(("self", "cross"), ("to_q", "to_k", "to_v"))
 APPEARANCE_SITES = Sites(("self",))
 
 

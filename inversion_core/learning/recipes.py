@@ -12,8 +12,8 @@ from .trainer import Stage
 Quality = Literal["fast", "balanced", "thorough"]
 
 TOKEN_RATE = 1e-2
-OFFSET_RATE: dict[Kind, float] = {"shape": 8e-3, "appearance": 3e-3}
-SHAPE_LEVELS = 0.3, 1.0
+OFFSET_RATE: dict[Kind, float] = {"shape": 6e-3, "appearance": 4e-3}
+SHAPE_LEVELS = 0.4, 1.0
 """An outline is decided while there is much noise; what happens below is the model's own texture, best left alone."""
 APPEARANCE_OBJECTIVES: dict[str, dict[str, float]] = {
     "attention": {"diffusion": 1.0, "attention_distillation": 1.0},
@@ -34,9 +34,9 @@ class Spending:
 
 
 SPENDING: dict[Quality, Spending] = {
-    "fast": Spending(batch=2, rank=8, vectors=1, variants=48),
-    "balanced": Spending(batch=4, rank=16, vectors=2, variants=96),
-    "thorough": Spending(batch=8, rank=32, vectors=4, variants=192),
+    "fast": Spending(batch=4, rank=16, vectors=1, variants=128),
+    "balanced": Spending(batch=8, rank=16, vectors=2, variants=256),
+    "thorough": Spending(batch=16, rank=32, vectors=4, variants=512),
 }
 
 

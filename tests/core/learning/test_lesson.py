@@ -79,7 +79,7 @@ def test_a_shape_goes_to_all_attention_and_an_appearance_to_self_attention_unles
     def layers(plan: Plan) -> set[str]:
         return set(InversionLesson(model, material(plan), plan).offset.names)
 
-    assert layers(SHAPE) == {f"block.{name}.{part}" for name in ("attn1", "attn2") for part in ("to_k", "to_v")}
+    assert layers(SHAPE) == {f"block.{name}.{part}" for name in ("attn1", "attn2") for part in ("to_q", "to_k", "to_v")}
     assert layers(APPEARANCE) == {"block.attn1.to_k", "block.attn1.to_v"}
     assert layers(replace(SHAPE, sites=Sites(("self",), ("to_q",)))) == {"block.attn1.to_q"}
 
