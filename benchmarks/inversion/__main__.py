@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--concepts", type=int, default=8, help="of each kind")
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"some of {', '.join(KINDS)}, by commas")
     parser.add_argument("--methods", help="names by commas (default: all)")
-    parser.add_argument("--steps", type=int, default=300, help="of learning, the same for every method")
+    parser.add_argument("--steps", type=int, default=200, help="of learning, the same for every method")
     parser.add_argument("--prompts", type=int, default=12, help="pictures for each concept")
     parser.add_argument("--tuning", action="store_true", help="the tuning concepts: values may be chosen on them")
     options = parser.parse_args()

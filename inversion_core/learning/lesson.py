@@ -28,9 +28,6 @@ OUTSIDE: dict[Kind, float] = {"shape": 0.5, "appearance": 0.0}
 """What the surroundings count in the diffusion loss: an outline is known by both its sides, an appearance is not."""
 MAP_TOKENS = 256
 """Attention maps are compared with the mask at the resolution nearest to 16x16, as in Break-A-Scene."""
-UNPROMPTED = 0.1
-"""Share of rows without a prompt, unless the token is learned alone: guidance compares with the empty prompt, which an
-offset changes, too."""
 EVALUATION_ROWS = 8
 
 
@@ -116,14 +113,12 @@ class InversionLesson:
         seed = [self.plan.seed, *stream]
         shift = np.random.default_rng(seed).random()
         low, high = stage.levels
-        unprompted = UNPROMPTED if stage.rates.keys() - {"token"} else 0
         chosen, noises, levels, prompts = [], [], [], []
         for row in rows:
             rng = np.random.default_rng([*seed, 1, row])
             which = int(rng.integers(len(self.material.prompts)))
             chosen.append(which)
-            said = str(rng.choice(self.material.prompts[which]))
-            prompts.append("" if rng.random() < unprompted else said)
+            prompts.append(str(rng.choice(self.material.prompts[which])))
             generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
             noises.append(torch.randn(self._latents.shape[1:], generator=generator))
             levels.append(low + (high - low) * (row + shift) / batch)
@@ -196,8 +191,7 @@ class InversionLesson:
             if q.shape[1] == tokens
         ]
         mask = F.interpolate(rows.mask, size=objectives.grid_of(tokens, latent), mode="area").flatten(1)
-        found = objectives.attention_on_mask(torch.stack(maps).mean(0), mask)
-        return torch.where(places.any(1), found, 0)
+        return objectives.attention_on_mask(torch.stack(maps).mean(0), mask)
 
     def _distillation(self, rows: _Rows, seen: Mapping[str, Tensor]) -> Tensor:
         latent = (rows.clean.shape[-2], rows.clean.shape[-1])

@@ -12,7 +12,7 @@ from .trainer import Stage
 Quality = Literal["fast", "balanced", "thorough"]
 
 TOKEN_RATE = 1e-2
-OFFSET_RATE: dict[Kind, float] = {"shape": 6e-3, "appearance": 4e-3}
+OFFSET_RATE: dict[Kind, float] = {"shape": 6e-3, "appearance": 2e-3}
 SHAPE_LEVELS = 0.4, 1.0
 """An outline is decided while there is much noise; what happens below is the model's own texture, best left alone."""
 APPEARANCE_OBJECTIVES: dict[str, dict[str, float]] = {
@@ -34,9 +34,9 @@ class Spending:
 
 
 SPENDING: dict[Quality, Spending] = {
-    "fast": Spending(batch=4, rank=16, vectors=1, variants=128),
-    "balanced": Spending(batch=8, rank=16, vectors=2, variants=256),
-    "thorough": Spending(batch=16, rank=32, vectors=4, variants=512),
+    "fast": Spending(batch=8, rank=16, vectors=1, variants=128),
+    "balanced": Spending(batch=16, rank=16, vectors=2, variants=256),
+    "thorough": Spending(batch=32, rank=32, vectors=4, variants=512),
 }
 
 

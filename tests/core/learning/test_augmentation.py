@@ -105,3 +105,25 @@ def test_a_new_geometry_changes_the_outline() -> None:
     overlap = (masks & own).sum(1) / (masks | own).sum(1)
     assert float(overlap.median()) < 0.85
     assert len({tuple(mask.tolist()) for mask in masks}) == len(masks)
+
+
+@pytest.mark.parametrize(("place", "radius"), [((12, 14), 6), ((30, 26), 10), ((24, 24), 20)])
+def test_a_shape_comes_to_the_middle_at_one_size_wherever_it_was(place: tuple[int, int], radius: int) -> None:
+    y, x = torch.meshgrid(torch.arange(48), torch.arange(48), indexing="ij")
+    mask = ((y - place[0]) ** 2 + (x - place[1]) ** 2 < radius**2).float()[None]
+    for seed in range(8):
+        found = with_new_surface(torch.rand(3, 48, 48), mask, np.random.default_rng(seed)).mask[0] > 0.5
+        rows, columns = torch.nonzero(found.any(1)).flatten(), torch.nonzero(found.any(0)).flatten()
+        for side in (rows, columns):
+            assert abs(float(side.float().mean()) - 23.5) <= 3
+            # 0.75 of 48 pixels, but a disc of 12 pixels grows no more than twice.
+            assert abs(len(side) - min(36, 4 * radius)) <= 5
+
+
+def test_an_appearance_keeps_edges_as_sharp_as_they_were() -> None:
+    """Stripes of two tones: tiled and warped, most pixels still have one of them, not a blend."""
+    for seed in range(12):
+        variant = with_new_geometry(*disc(96, 96), np.random.default_rng(seed))
+        pixels = variant.picture.permute(1, 2, 0)[variant.mask[0] > 0.99]
+        tones = torch.stack([(pixels - torch.tensor(tone)).abs().amax(1) for tone in (BLUE, YELLOW)])
+        assert float((tones.amin(0) < 0.15).float().mean()) > 0.6

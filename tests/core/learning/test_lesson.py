@@ -262,3 +262,12 @@ def test_recipes_refuse_what_they_do_not_know() -> None:
         stages("shape", 0, 4)
     with pytest.raises(LearningError, match="unknown objective 'beauty'"):
         stages("appearance", 1, 4, "beauty")
+
+
+def test_an_appearance_is_learned_inside_its_border() -> None:
+    """The picture's mask ends within cells; those are the shape's business."""
+    grey = ((material(SHAPE).masks > 0) & (material(SHAPE).masks < 1)).any()
+    found = material(replace(APPEARANCE, variants=12)).masks
+    whole = [((one == 0) | (one == 1)).all() for one in found]
+    assert bool(grey)
+    assert sum(map(bool, whole)) > 0
