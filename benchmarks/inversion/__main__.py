@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from demo import comfy as comfy_host
 from demo.weights import FOLDER
+from inversion_core.learning.inversion import Kind
 
 from .concepts import Concept, Newcomer, concepts, newcomers, together
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KINDS = ("shape", "appearance", "both", "joint")
-LEARNING = ("augmentation", "lesson", "material", "objectives", "offset", "plan", "recipes", "token", "trainer")
+LEARNING = ("augmentation", "lesson", "material", "objectives", "offset", "plan", "token", "trainer")
 PAIRED = ("ours", "textual inversion", "dreambooth lora")
 """Methods of which a shape and an appearance, learned apart, go into one picture."""
 SHOWN = 6
@@ -198,7 +199,13 @@ class Bench:
         return generate(demo, [one.prompt for one in wanted], [one.seed for one in wanted])
 
     def _file(self, name: str, kind: str, seed: int, ending: str) -> Path:
-        which = hashlib.sha256(f"{name} {self.steps} {self.prompts}".encode()).hexdigest()[:8]
+        from .methods import METHODS
+
+        # The plans themselves, so that another recipe for the one kind leaves the other's results.
+        method = METHODS.get(name, METHODS["ours"])
+        kinds: list[Kind] = [one for one in get_args(Kind) if kind in (one, "both", "joint")]
+        plans = [method.plan(one, self.steps) for one in kinds]
+        which = hashlib.sha256(f"{name} {plans} {self.prompts}".encode()).hexdigest()[:8]
         return self.folder / f"{kind}-{seed}-{which}.{ending}"
 
     def _kept(self, file: Path, make: Callable[[], tuple[Figures, Tensor]]) -> Figures:

@@ -13,8 +13,9 @@ Quality = Literal["fast", "balanced", "thorough"]
 
 TOKEN_RATE = 1e-2
 OFFSET_RATE: dict[Kind, float] = {"shape": 6e-3, "appearance": 2e-3}
-SHAPE_LEVELS = 0.4, 1.0
-"""An outline is decided while there is much noise; what happens below is the model's own texture, best left alone."""
+LEVELS: dict[Kind, tuple[float, float]] = {"shape": (0.4, 1.0), "appearance": (0.0, 0.8)}
+"""An outline is decided while there is much noise: below, a shape's lesson would learn the paint of its variants, and
+above, an appearance's their outlines."""
 APPEARANCE_OBJECTIVES: dict[str, dict[str, float]] = {
     "attention": {"diffusion": 1.0, "attention_distillation": 1.0},
     "moments": {"diffusion": 1.0, "moments": 0.1},
@@ -52,10 +53,10 @@ def stages(kind: Kind, steps: int, batch: int, objective: str = "attention") -> 
     if objective not in APPEARANCE_OBJECTIVES:
         raise LearningError(f"unknown objective {objective!r}: known are {', '.join(APPEARANCE_OBJECTIVES)}")
     wanted = {"diffusion": 1.0, "attention_on_mask": 0.01} if kind == "shape" else APPEARANCE_OBJECTIVES[objective]
-    levels = SHAPE_LEVELS if kind == "shape" else (0.0, 1.0)
+    levels = LEVELS[kind]
     first = steps // 10 if kind == "appearance" else 0
     rates = {"token": TOKEN_RATE / 2, "offset": OFFSET_RATE[kind]}
     both = Stage("token and offset", steps - first, rates, wanted, batch, levels=levels)
     if first == 0:
         return (both,)
-    return (Stage("token", first, {"token": TOKEN_RATE}, wanted, batch), both)
+    return (Stage("token", first, {"token": TOKEN_RATE}, wanted, batch, levels=levels), both)
