@@ -34,7 +34,7 @@ def _common(name: str, class_word: str) -> list:
         io.String.Input("class_word", default=class_word, tooltip="What it is in plain words; learning begins there."),
         io.Int.Input(
             "steps",
-            default=300,
+            default=200,
             min=1,
             max=100_000,
             tooltip="300 is a beginning. More learn closer, and may obey prompts less.",

@@ -103,8 +103,10 @@ def _learn(
 
     batch = max(stage.batch for stage in plan.stages)
     with learning_model(model, clip, [batch, *material.latents.shape[1:]]) as opened:
-        _say(foreseen(opened, material, plan).text())
-        return learn(opened, material, plan, micro_batch=batch, checkpoint=unfinished(job), job=job, progress=step)
+        cost = foreseen(opened, material, plan)
+        _say(cost.text())
+        rows = cost.rows(int(comfy.model_management.get_free_memory(opened.device)))
+        return learn(opened, material, plan, micro_batch=rows, checkpoint=unfinished(job), job=job, progress=step)
 
 
 def _say(text: str) -> None:

@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--output", type=Path, default=Path("inversions"), help="folder of the results (default: inversions)")
     add("--overwrite", action="store_true", help="replace results that were learned from something else")
-    add("--steps", type=int, default=300, help="of the optimiser (default: 300)")
+    add("--steps", type=int, default=200, help="of the optimiser (default: 200)")
     add("--quality", choices=get_args(Quality), default="balanced", help="what is spent on a step (default: balanced)")
     objectives = ", ".join(APPEARANCE_OBJECTIVES)
     add("--objective", default="attention", help=f"for an appearance: {objectives} (default: attention)")

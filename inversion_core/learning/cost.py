@@ -15,6 +15,10 @@ from .plan import Plan
 from .trainer import is_out_of_memory
 
 
+SPARE = 0.8
+"""Share of the free memory that rows may take."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """About so many seconds for the whole training, and bytes a row needs beside the model; None: unknown."""
@@ -23,6 +27,15 @@ class Cost:
     row_bytes: int | None
     steps: int
     batch: int
+
+    def rows(self, free: int) -> int:
+        """How many rows at once fit into so many free bytes; all of a batch where a row's need is unknown.
+
+        Running out of memory would tell, too, but some drivers (Windows) then go on many times slower instead.
+        """
+        if self.row_bytes is None:
+            return self.batch
+        return max(1, min(self.batch, int(SPARE * free / max(1, self.row_bytes))))
 
     def text(self) -> str:
         """For people."""

@@ -35,7 +35,7 @@ class Spending:
 
 
 SPENDING: dict[Quality, Spending] = {
-    "fast": Spending(batch=8, rank=16, vectors=1, variants=128),
+    "fast": Spending(batch=8, rank=16, vectors=1, variants=64),
     "balanced": Spending(batch=16, rank=16, vectors=2, variants=256),
     "thorough": Spending(batch=32, rank=32, vectors=4, variants=512),
 }

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from torch import Tensor
 
-from inversion_core.learning.cost import foreseen
+from inversion_core.learning.cost import Cost, foreseen
 from inversion_core.learning.material import prepare
 from inversion_core.learning.model import Conditioning, LearningError
 from inversion_core.learning.plan import Plan
@@ -61,3 +61,10 @@ def test_a_proposal_needs_a_word() -> None:
 def test_a_plan_may_keep_to_some_noise_levels() -> None:
     with pytest.raises(LearningError, match=r"noise levels 0\.5 to 0\.5"):
         replace(PLAN.stages[0], levels=(0.5, 0.5))
+
+
+def test_as_many_rows_at_once_as_memory_holds() -> None:
+    assert Cost(1.0, None, 10, 16).rows(free=0) == 16
+    assert Cost(1.0, 1000, 10, 16).rows(free=10_000) == 8
+    assert Cost(1.0, 1000, 10, 4).rows(free=10_000) == 4
+    assert Cost(1.0, 1000, 10, 16).rows(free=100) == 1
