@@ -14,7 +14,6 @@ from .model import LearningModel
 from .plan import Plan
 from .trainer import is_out_of_memory
 
-
 SPARE = 0.8
 """Share of the free memory that rows may take."""
 
