@@ -126,7 +126,7 @@ class Preset:
             others = ", ".join(name for name, one in PRESETS.items() if any(step.blocks for step in one.steps))
             raise ValueError(
                 f"{self.name} changes what a UNet's layers are given, and has no form for a diffusion transformer such "
-                f"as this model: choose another of {others}"
+                f"as this model: choose another of {others} (docs/dit.md: which reads where)"
             )
         return steps
 

@@ -110,7 +110,7 @@ class Family:
         if injection.edit.reference == "normalise":
             raise HostError(
                 "'normalise' (Ctrl-X) changes what enters a UNet's attention layer, and a diffusion transformer gives "
-                "no hook there: choose 'replace' or 'extend', or another preset"
+                "no hook there: choose 'replace' or 'extend', or another preset (docs/dit.md: which works where)"
             )
         return replace(
             injection,

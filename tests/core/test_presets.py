@@ -108,6 +108,6 @@ def test_on_a_transformer_a_preset_keeps_its_edit_and_asks_for_the_familys_block
 
 def test_ctrl_x_is_refused_on_a_transformer_with_those_that_are_not() -> None:
     with pytest.raises(
-        ValueError, match=r"ctrl-x.*no form for a diffusion transformer.*default, masactrl, .*style-id$"
+        ValueError, match=r"ctrl-x.*no form for a diffusion transformer.*default, masactrl, .*style-id .*dit\.md"
     ):
         PRESETS["ctrl-x"].injections([A], transformer=True)
