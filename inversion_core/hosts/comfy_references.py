@@ -41,6 +41,7 @@ _PLACED = frozenset(
         "concat_latent_image",
         "concat_mask",
         "reference_latents",
+        "context_latents",
         "time_dim_concat",
     )
 )

@@ -239,12 +239,14 @@ def _lumina_layout(model: Any, of: Sequences) -> Layout:
 
 
 def _wan_layout(model: Any, of: Sequences) -> Layout:
-    """A reference picture, the video, further frames; the prompt is read by cross-attention."""
+    """A reference picture, the video, further frames and pictures; the prompt is read by cross-attention."""
     patch = model.patch_size[-1]
     frames, grid = _picture(of.latent, patch)
     first, more = of.conds.get("reference_latent"), of.conds.get("time_dim_concat")
     before = 0 if first is None or model.ref_conv is None else _count(first.shape, patch)
-    return Layout(before, frames, grid, 0 if more is None else _count(more.shape, patch))
+    after = [] if more is None else [more]
+    after += of.conds.get("context_latents") or ()
+    return Layout(before, frames, grid, sum(_count(one.shape, patch) for one in after))
 
 
 FAMILIES = {

@@ -48,7 +48,7 @@ class Places:
     def beside(self, x: Tensor, seen: Grid, picture: Grid) -> Tensor:
         """A kept reference of grid `seen` as a picture of its own, left of this one: no place is taken twice.
 
-        To its left, because further pictures of the model's own (Kontext) lie to the right and below.
+        To its left, because further pictures of the model's own (Kontext) may lie to the right and below.
         """
         column = self._corner(picture.width) - self._corner(seen.width) - seen.width
         return self._moved(x, (self.first, 0, column))

@@ -10,6 +10,8 @@ from typing import Any
 import comfy.model_patcher
 import comfy.supported_models
 import torch
+from comfy.ldm.chroma.model import ChromaParams
+from comfy.ldm.flux.model import FluxParams
 from torch import Tensor
 
 from .models import Patcher, random
@@ -75,7 +77,8 @@ def flux() -> Patcher:
 
 
 def _flux_shape() -> dict[str, Any]:
-    return {
+    newer = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
+    return newer | {
         "in_channels": 16,
         "out_channels": 16,
         "patch_size": 2,
@@ -91,8 +94,24 @@ def _flux_shape() -> dict[str, Any]:
     }
 
 
+def flux2() -> Patcher:
+    """The same class as Flux: one cell a token, four axes of places, modulation shared by all blocks."""
+    told = _flux_shape() | {
+        "in_channels": 128,
+        "out_channels": 128,
+        "patch_size": 1,
+        "axes_dim": [4] * 4,
+        "theta": 2000,
+    }
+    told |= {"vec_in_dim": None, "qkv_bias": False, "ops_bias": False, "mlp_silu_act": True, "global_modulation": True}
+    if "txt_ids_dims" in told:
+        told["txt_ids_dims"] = [3]
+    return _of(comfy.supported_models.Flux2, **told, guidance_embed=True)
+
+
 def chroma() -> Patcher:
     shape = _flux_shape() | {"in_channels": 64, "out_channels": 64}
+    shape |= {"vec_in_dim": None} if "vec_in_dim" in ChromaParams.__dataclass_fields__ else {}  # newer ComfyUI
     return _of(comfy.supported_models.Chroma, **shape, in_dim=64, out_dim=32, hidden_dim=32, n_layers=1)
 
 
@@ -191,6 +210,10 @@ KINDS = {
     "lumina2": Kind(lumina, IMAGE, True, _double(3)),
     "z-image": Kind(z_image, IMAGE, True, _double(3)),
 }
+
+
+FLUX2 = Kind(flux2, (1, 128, 6, 8), True, FLUX_SITES, pooled=16)
+"""Apart from the others, as its latents have another number of channels."""
 
 
 @contextmanager

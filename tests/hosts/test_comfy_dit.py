@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_patcher
@@ -22,11 +23,12 @@ from inversion_core.hosts import comfy_dit
 from inversion_core.hosts.base import HostError
 from inversion_core.hosts.comfy_injection import attach, chosen, last_report, sites_of
 from inversion_core.hosts.comfy_references import BANK, ReferencePasses
+from inversion_core.hosts.families import FAMILIES, Sequences
 from inversion_core.injection import Injection, Window
 from inversion_core.presets import PRESETS
 from inversion_core.reference import Reference
 
-from .dit_models import KINDS, TEXT, WIDTH, Kind, evaluations
+from .dit_models import FLUX2, KINDS, TEXT, WIDTH, Kind, evaluations
 from .models import Patcher, random, sample, with_low_memory, with_record_of_rows
 
 ROUNDING: dict[str, Any] = {"atol": 2e-4, "rtol": 1e-3}
@@ -217,7 +219,10 @@ def test_a_moved_key_is_the_models_own_at_that_place(name: str, monkeypatch: pyt
 
             def told(self: Any, ids: Tensor, shift: int = shift, own: Any = own) -> Tensor:
                 ids = ids.clone()
-                ids[:, where.before :] += shift * by  # with what fills the picture up
+                # With what fills the picture up; newer ComfyUI asks for the prompt's and Lumina's picture's one by one.
+                apart = ids.shape[1] < where.before + where.picture
+                if ids.shape[1] >= where.picture:
+                    ids[:, 0 if apart else where.before :] += shift * by
                 return own(self, ids)
 
             patch.setattr(type(embedder), "forward", told)
@@ -568,6 +573,73 @@ def test_a_mask_over_keys_is_followed_and_one_over_pairs_refused(
     torch.testing.assert_close(out[:, :, :TEXT], plain(q[:, :, :TEXT], k[:, :, 3:], v[:, :, 3:]), atol=1e-5, rtol=1e-4)
     with pytest.raises(HostError, match=r"at double\.1\.0.*attention mask \(1, 55, 55\).*'multiply'"):
         flux.sample(masked(torch.zeros(1, tokens, tokens)))
+
+
+# --- newer models, newer ComfyUI --------------------------------------------------------------------------------------
+
+
+def test_flux_2_is_edited_like_flux(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its class is Flux's. A token is one cell, and its places have four axes, at another base."""
+    model, reference = FLUX2.build(), Reference(random(1, 128, 5, 7, seed=2))
+    asked: dict[str, Any] = {"positive": FLUX2.prompt(101), "negative": FLUX2.prompt(102), "steps": 1, "cfg": 1.0}
+    noise = FLUX2.noise(2)
+    plain_picture = sample(model, noise=noise, **asked)
+    neutral = attach(model, reads(reference, edit=AttentionEdit(strength=0.0)))
+    assert torch.equal(sample(neutral, noise=noise, **asked), plain_picture)
+    with attentions(monkeypatch) as seen:
+        edited = sample(attach(model, reads(reference, sites=SITE)), noise=noise, **asked)
+    assert change(edited, plain_picture) > VISIBLE
+    q, k, v, out = seen[len(seen) // 2 + 1]
+    text = q.shape[2] - 6 * 8  # ComfyUI fills the prompt up
+    ref_k, ref_v = (x[:, :, text:].expand(2, -1, -1, -1) for x in seen[1][1:3])
+    angles = -7 * 2000.0 ** (-torch.tensor([0, 2]).double() / 4)  # of the third axis, the columns
+    columns = ref_k[..., 8:12]
+    even, odd = columns[..., ::2], columns[..., 1::2]
+    turned = (even * angles.cos() - odd * angles.sin(), even * angles.sin() + odd * angles.cos())
+    ref_k = torch.cat((ref_k[..., :8], torch.stack(turned, dim=-1).flatten(-2), ref_k[..., 12:]), dim=-1)
+    keys, values = torch.cat((k[:, :, :text], ref_k), dim=2), torch.cat((v[:, :, :text], ref_v), dim=2)
+    torch.testing.assert_close(out[:, :, text:], plain(q[:, :, text:], keys, values), atol=1e-5, rtol=1e-4)
+
+
+def test_attention_given_in_containers_is_edited_alike(flux: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newer ComfyUI lets a model hand over q, k and v in containers that are emptied on use, and unpacks them for an
+    override that does not say that it takes containers."""
+    import comfy.ldm.flux.math as flux_math
+
+    class Container:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor: Tensor | None = tensor
+
+        def take(self) -> Tensor:
+            tensor, self.tensor = self.tensor, None
+            assert tensor is not None, "taken twice"
+            return tensor
+
+    attention = flux_math.optimized_attention
+
+    def newer(*args: Any, **kwargs: Any) -> Tensor:
+        held = tuple(Container(x) for x in args[:3])
+        override = kwargs["transformer_options"].get("optimized_attention_override")
+        if override is None:
+            return attention(*(one.take() for one in held), *args[3:], **kwargs)
+        assert not hasattr(override, "container_function")
+        tensors = tuple(one.take() for one in held)
+        return override(attention, *tensors, *args[3:], _inside_attn_wrapper=True, **kwargs)
+
+    patched = attach(flux.model, flux.both())
+    expected = flux.sample(patched)
+    BANK.clear()
+    monkeypatch.setattr(flux_math, "optimized_attention", newer)
+    assert torch.equal(flux.sample(patched), expected)
+    assert torch.equal(flux.sample(flux.model), flux.plain)
+
+
+def test_frames_that_newer_wan_models_are_given_in_context_come_last() -> None:
+    """Their tokens stand after the video's, and are not mistaken for it."""
+    model: Any = SimpleNamespace(patch_size=(1, 2, 2), ref_conv=None)
+    conds = {"context_latents": [torch.zeros(1, 16, 1, 6, 8), torch.zeros(1, 16, 2, 4, 4)]}
+    layout = FAMILIES["comfy.ldm.wan.model.WanModel"].layout(model, Sequences((1, 16, 3, 12, 16), 7, conds))
+    assert (layout.before, layout.frames, layout.grid, layout.after) == (0, 3, (6, 8), 3 * 4 + 2 * 2 * 2)
 
 
 # --- presets ----------------------------------------------------------------------------------------------------------
