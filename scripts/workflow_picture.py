@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -14,6 +15,7 @@ SAVED, RESULT = "SaveImage", "Result"
 SIDE = 512
 """The template browser shows squares."""
 _GAP, _CAPTION = 12, 22
+_MOST = 4
 _PAPER, _INK = (32, 32, 32), (225, 225, 225)
 
 
@@ -26,15 +28,19 @@ def thumbnail(graph: Graph, client: ComfyClient, outputs: Outputs) -> Image.Imag
         if node["class_type"] in GIVEN:
             given += pictures
         elif node["class_type"] == SAVED and title.startswith(RESULT):
-            results += pictures
+            results += [(name.removeprefix(f"{RESULT}: "), picture) for name, picture in pictures]
     return drawn(given, results)
 
 
 def drawn(given: Sequence[tuple[str, Image.Image]], results: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Two rows of titled pictures on a square; the upper one takes a third of the height."""
+    """Rows of titled pictures on a square: what is given on a third of the height, and below it what is made of it,
+    at most four in a row."""
     canvas = Image.new("RGB", (SIDE, SIDE), _PAPER)
-    upper = _row(canvas, given, 0, 150)
-    end = _row(canvas, results, upper, SIDE - upper - _GAP - _CAPTION)
+    rows = math.ceil(len(results) / _MOST)
+    end = upper = _row(canvas, given, 0, 150 if rows < 2 else 120)
+    for i in range(rows):
+        most = (SIDE - upper - _GAP) // rows - _CAPTION
+        end = _row(canvas, results[i * _MOST : (i + 1) * _MOST], end, most)
     centred = Image.new("RGB", (SIDE, SIDE), _PAPER)
     centred.paste(canvas, (0, (SIDE - end) // 2))
     return centred
