@@ -40,17 +40,21 @@ def drawn(given: Sequence[tuple[str, Image.Image]], results: Sequence[tuple[str,
     end = upper = _row(canvas, given, 0, 150 if rows < 2 else 120)
     for i in range(rows):
         most = (SIDE - upper - _GAP) // rows - _CAPTION
-        end = _row(canvas, results[i * _MOST : (i + 1) * _MOST], end, most)
+        part = results[i * _MOST : (i + 1) * _MOST]
+        end = _row(canvas, part, end, most, len(part) if rows == 1 else _MOST)
     centred = Image.new("RGB", (SIDE, SIDE), _PAPER)
     centred.paste(canvas, (0, (SIDE - end) // 2))
     return centred
 
 
-def _row(canvas: Image.Image, pictures: Sequence[tuple[str, Image.Image]], top: int, most: int) -> int:
-    """Draws pictures side by side in the middle, as large as fits; returns where the row ends."""
+def _row(
+    canvas: Image.Image, pictures: Sequence[tuple[str, Image.Image]], top: int, most: int, columns: int = 0
+) -> int:
+    """Draws pictures side by side in the middle, as large as fits so many; returns where the row ends."""
     if not pictures:
         return top
-    side = min(most, (SIDE - _GAP * (len(pictures) + 1)) // len(pictures))
+    columns = columns or len(pictures)
+    side = min(most, (SIDE - _GAP * (columns + 1)) // columns)
     left = (SIDE - len(pictures) * side - (len(pictures) - 1) * _GAP) // 2
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
     for title, picture in pictures:

@@ -21,7 +21,11 @@ def test_the_block_sweep_shows_what_each_block_does(client: ComfyClient) -> None
         if one["class_type"] == "KSampler":
             one["inputs"]["steps"] = 3
     outputs = client.run(graph)
-    saved = {one["_meta"]["title"].removeprefix("Result: "): key for key, one in graph.items() if one["class_type"] == "SaveImage"}
+    saved = {
+        one["_meta"]["title"].removeprefix("Result: "): key
+        for key, one in graph.items()
+        if one["class_type"] == "SaveImage"
+    }
     found = {name: np.asarray(client.fetch_images(outputs, key)[0].convert("RGB")) for name, key in saved.items()}
     assert found.keys() == {"none", *(f"block {i}" for i in range(5)), "all"}
     for first, second in combinations(found, 2):
