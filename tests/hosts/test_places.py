@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from inversion_core.hosts import places as places_module
 from inversion_core.hosts.base import Crop, Grid, HostError
 from inversion_core.hosts.places import Place, Places, turned
 
@@ -55,7 +56,10 @@ def test_a_part_that_cuts_a_token_is_refused() -> None:
         subject.within(torch.zeros(1), seen=PICTURE, crop=Crop(0, 0, Grid(7, 6), Grid(12, 16)), picture=Grid(4, 3))
 
 
-def test_turns_add_up_and_leave_lengths_alone() -> None:
+@pytest.mark.parametrize("devices", [("cpu",), ()])
+def test_turns_add_up_and_leave_lengths_alone(devices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By complex numbers and without."""
+    monkeypatch.setattr(places_module, "COMPLEX", devices)
     x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
     angles = torch.tensor([[0.3, -1.0, 2.0], [1.1, 0.4, -0.7]])
 
@@ -67,3 +71,6 @@ def test_turns_add_up_and_leave_lengths_alone() -> None:
     torch.testing.assert_close(turned(turned(x, first), second), turned(x, together))
     torch.testing.assert_close(turned(x, first).norm(dim=-1), x.norm(dim=-1))
     assert not torch.allclose(turned(x, first), x)
+    expected = torch.einsum("pij,bnhpj->bnhpi", first, x.unflatten(2, (-1, 3, 2))).flatten(2)
+    torch.testing.assert_close(turned(x, first), expected)
+    torch.testing.assert_close(turned(x.mT.contiguous().mT, first), expected)  # as a map's tokens lie in memory
