@@ -85,6 +85,18 @@ class ComfyPage:
     def cancel(self) -> None:
         self.page.get_by_role("button", name="Cancel current run").click()
 
+    def wait_until_idle(self) -> None:
+        """Until the server runs nothing."""
+        for _ in range(WAIT_SECONDS):
+            if not self.page.request.get(f"{self.url}/queue").json()["queue_running"]:
+                return
+            self.page.wait_for_timeout(1000)
+        raise AssertionError(f"the server still runs something after {WAIT_SECONDS} s")
+
+    def open_help(self) -> None:
+        """Of the node that is selected, by the button above it; the oldest page names it by its class."""
+        self.page.get_by_test_id("info-button").or_(self.page.locator(".help-button")).click()
+
     def add(self, kind: str, x: int, y: int) -> int:
         """A new node of this class; its id."""
         return self.evaluate(
