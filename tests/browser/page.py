@@ -53,7 +53,7 @@ class ComfyPage:
         for layer in (self.dialog, self.page.locator(".p-dialog-mask")):  # while one fades, it takes the mouse
             layer.first.wait_for(state="detached")
         self.evaluate("() => { app.graph.clear(); app.canvas.ds.reset(); app.canvas.deselectAll() }")
-        self.evaluate("() => app.extensionManager.toast.removeAll()")
+        self.evaluate("() => app.extensionManager.toast.removeAll?.()")
         if self.panel.is_visible():
             self.evaluate("() => { app.extensionManager.sidebarTab.activeSidebarTabId = null }")
             self.panel.wait_for(state="hidden")
