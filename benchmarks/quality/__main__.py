@@ -46,7 +46,7 @@ def main() -> None:
     )
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument(
-        "--fewer", nargs="+", default=[], metavar="GROUP=PAIRS", help="groups that only the first so many pairs are for"
+        "--fewer", nargs="+", default=[], metavar="NAME=PAIRS", help="groups or methods for the first pairs only"
     )
     parser.add_argument("--tuning", action="store_true", help="the tuning pairs instead: values may be chosen on them")
     options = parser.parse_args()
@@ -128,15 +128,16 @@ def against(
 
 
 def fewest(asked: list[str]) -> dict[str, int]:
-    """By method, how many pairs it is for at most, from ``GROUP=PAIRS``."""
+    """By method, how many pairs it is for at most, from ``NAME=PAIRS``: a group or a method; later ones count."""
     from .groups import GROUPS
 
     found: dict[str, int] = {}
     for one in asked:
-        group, _, count = one.partition("=")
-        if group not in GROUPS or not count.isdigit():
-            raise SystemExit(f"--fewer: {one!r} is no GROUP=PAIRS with one of the groups {', '.join(GROUPS)}")
-        found |= dict.fromkeys(GROUPS[group], int(count))
+        name, _, count = one.rpartition("=")
+        methods = GROUPS.get(name) or [method for group in GROUPS.values() for method in group if method == name]
+        if not methods or not count.isdigit():
+            raise SystemExit(f"--fewer: {one!r} is no NAME=PAIRS, with a method or a group ({', '.join(GROUPS)})")
+        found |= dict.fromkeys(methods, int(count))
     return found
 
 

@@ -198,6 +198,7 @@ def test_a_row_of_fewer_pairs_says_so() -> None:
 
 def test_groups_may_be_given_fewer_pairs() -> None:
     assert fewest(["placed=16"]) == dict.fromkeys(PLACED, 16)
+    assert fewest(["attention=16", "default=32"]) == {**dict.fromkeys(ATTENTION, 16), "default": 32}
     for wrong in ("placed", "placed=some", "nobody=3"):
         with pytest.raises(SystemExit, match=wrong):
             fewest([wrong])
