@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from typing import get_args
 
 import torch
 from comfy_api.latest import io, ui
 
-from ..inversion_core.hosts.comfy_inversion import apply_inversion, knows_word
+from ..inversion_core.hosts.comfy_inversion import apply_inversion
 from ..inversion_core.learning.files import load_inversion
 from ..inversion_core.learning.plan import Plan
-from ..inversion_core.learning.recipes import APPEARANCE_OBJECTIVES, SPENDING, Quality, stages
-from ..inversion_core.learning.token import name_of
+from ..inversion_core.learning.recipes import APPEARANCE_OBJECTIVES, Quality
 from .folders import INVERSIONS
 from .inversion_files import save
 from .newer import found_by, rarely_changed
-from .sockets import Inversion
-from .training import fitted, learned, proposed
+from .sockets import FeatureExtractor, Inversion
+from .training import fitted, learned, plan_of, proposed
 from .widgets import fixed_seed
 
 CATEGORY = "shape & appearance/inversion"
@@ -28,8 +27,20 @@ _QUALITY = (
 )
 
 
-def _common(name: str, class_word: str) -> list:
+def _inputs(of: str, name: str, class_word: str, *, sockets: Sequence = (), settings: Sequence = ()) -> list:
+    """What both nodes ask for: `of` is what the pictures show; `sockets` and `settings` are a node's own."""
     return [
+        io.Model.Input("model", tooltip="An SD1.x, SD2.x or SDXL model, or the demo model; LoRAs included."),
+        io.Clip.Input("clip", tooltip="The text encoder that belongs to it."),
+        io.Vae.Input("vae", tooltip="The VAE that belongs to it."),
+        io.Image.Input("images", tooltip=f"One to five pictures of the {of}."),
+        io.Mask.Input(
+            "mask",
+            optional=True,
+            tooltip=f"Where the {of} is: one mask for all, or one for each picture. Without it, what stands out from "
+            "the border is taken; look at the output.",
+        ),
+        *sockets,
         io.String.Input("token", default=name, tooltip=_TOKEN),
         io.String.Input("class_word", default=class_word, tooltip="What it is in plain words; learning begins there."),
         io.Int.Input(
@@ -40,11 +51,7 @@ def _common(name: str, class_word: str) -> list:
             tooltip="300 is a beginning. More learn closer, and may obey prompts less.",
         ),
         io.Combo.Input("quality", options=list(get_args(Quality)), default="balanced", tooltip=_QUALITY),
-    ]
-
-
-def _advanced() -> list:
-    return [
+        *settings,
         fixed_seed("seed", "Of noise, variants and the offset's beginning.", **rarely_changed()),
         io.Int.Input(
             "size",
@@ -67,6 +74,14 @@ def _outputs() -> list:
     ]
 
 
+def _learned(plan: Plan, model, clip, vae, images, mask, size, features=None) -> io.NodeOutput:
+    pictures, masks = fitted(images, mask, size)
+    if mask is None:
+        masks = proposed(model, clip, vae, pictures, plan.class_word)
+    found = learned(model, clip, vae, pictures, masks, plan, features)
+    return io.NodeOutput(*found, ui=ui.PreviewMask(found.mask))
+
+
 class ShapeInversion(io.ComfyNode):
     """MODEL, CLIP, VAE, IMAGE and MASK -> INVERSION."""
 
@@ -81,47 +96,17 @@ class ShapeInversion(io.ComfyNode):
                 "Learns the shape of an object from one to five pictures, free of its colours and textures: a word for "
                 "prompts and a small change of attention. The model itself is not changed."
             ),
-            inputs=[
-                io.Model.Input("model", tooltip="An SD1.x, SD2.x or SDXL model, or the demo model; LoRAs included."),
-                io.Clip.Input("clip", tooltip="The text encoder that belongs to it."),
-                io.Vae.Input("vae", tooltip="The VAE that belongs to it."),
-                io.Image.Input("images", tooltip="One to five pictures of the object."),
-                io.Mask.Input(
-                    "mask",
-                    optional=True,
-                    tooltip="Where the object is: one mask for all, or one for each picture. Without it, what stands "
-                    "out from the border is taken; look at the output.",
-                ),
-                *_common("my-shape", "shape"),
-                *_advanced(),
-            ],
+            inputs=_inputs("object", "my-shape", "shape"),
             outputs=_outputs(),
         )
 
     @classmethod
-    def execute(
-        cls, model, clip, vae, images, token, class_word, steps, quality, seed, size, mask=None
-    ) -> io.NodeOutput:
-        spent = SPENDING[quality]
-        plan = Plan(
-            kind="shape",
-            name=name_of(token, partial(knows_word, clip)),
-            class_word=class_word,
-            stages=stages("shape", steps, spent.batch),
-            vectors=spent.vectors,
-            rank=spent.rank,
-            variants=spent.variants,
-            seed=seed,
-        )
-        pictures, masks = fitted(images, mask, size)
-        if mask is None:
-            masks = proposed(model, clip, vae, pictures, class_word)
-        found = learned(model, clip, vae, pictures, masks, plan)
-        return io.NodeOutput(*found, ui=ui.PreviewMask(found.mask))
+    def execute(cls, model, clip, vae, images, size, mask=None, **settings) -> io.NodeOutput:
+        return _learned(plan_of("shape", clip, **settings), model, clip, vae, images, mask, size)
 
 
 class AppearanceInversion(io.ComfyNode):
-    """MODEL, CLIP, VAE, IMAGE and optional MASK and shape INVERSION -> INVERSION."""
+    """MODEL, CLIP, VAE, IMAGE and optional MASK, shape INVERSION and FEATURES -> INVERSION."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -134,63 +119,43 @@ class AppearanceInversion(io.ComfyNode):
                 "Learns colours, texture and material from one to five pictures, free of the shape: a word for prompts "
                 "and a small change of self-attention. The model itself is not changed."
             ),
-            inputs=[
-                io.Model.Input("model", tooltip="An SD1.x, SD2.x or SDXL model, or the demo model; LoRAs included."),
-                io.Clip.Input("clip", tooltip="The text encoder that belongs to it."),
-                io.Vae.Input("vae", tooltip="The VAE that belongs to it."),
-                io.Image.Input("images", tooltip="One to five pictures of the material."),
-                io.Mask.Input("mask", optional=True, tooltip="Where it is to be seen. Without it, everywhere."),
-                Inversion.Input(
-                    "shape",
-                    optional=True,
-                    tooltip="The shape in these pictures, learned before: it stays as it is, and what it explains is "
-                    "not learned again.",
-                ),
-                *_common("my-look", "texture"),
-                io.Combo.Input(
-                    "objective",
-                    options=list(APPEARANCE_OBJECTIVES),
-                    default="attention",
-                    tooltip="What is learned by, beside the diffusion loss. attention: self-attention does as over the "
-                    "reference. moments: mean and contrast of the latent. diffusion: nothing else.",
-                ),
-                *_advanced(),
-            ],
+            inputs=_inputs(
+                "material",
+                "my-look",
+                "texture",
+                sockets=[
+                    Inversion.Input(
+                        "shape",
+                        optional=True,
+                        tooltip="The shape in these pictures, learned before: it stays as it is, and what it explains "
+                        "is not learned again.",
+                    ),
+                    FeatureExtractor.Input(
+                        "features", optional=True, tooltip="For the objectives features and token_mse: a DINO backbone."
+                    ),
+                ],
+                settings=[
+                    io.Combo.Input(
+                        "objective",
+                        options=list(APPEARANCE_OBJECTIVES),
+                        default="attention",
+                        tooltip="What is learned by, beside the diffusion loss. attention: self-attention does as over "
+                        "the reference. moments: mean and contrast of the latent. diffusion: nothing else. features: "
+                        "a backbone sees the same in the picture. token_mse: the word becomes the picture's CLS vector "
+                        "(does not help; docs/appearance-loss.md says why).",
+                    )
+                ],
+            ),
             outputs=_outputs(),
         )
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        clip,
-        vae,
-        images,
-        token,
-        class_word,
-        steps,
-        quality,
-        objective,
-        seed,
-        size,
-        mask=None,
-        shape=None,
-    ) -> io.NodeOutput:
-        spent = SPENDING[quality]
-        plan = Plan(
-            kind="appearance",
-            name=name_of(token, partial(knows_word, clip)),
-            class_word=class_word,
-            stages=stages("appearance", steps, spent.batch, objective),
-            vectors=spent.vectors,
-            rank=spent.rank,
-            variants=spent.variants,
-            seed=seed,
-            beside="" if shape is None else f"<{shape.name}>",
-        )
+    def execute(cls, model, clip, vae, images, size, mask=None, shape=None, features=None, **settings) -> io.NodeOutput:
+        beside = "" if shape is None else f"<{shape.name}>"
+        plan = plan_of("appearance", clip, beside=beside, **settings)
         if shape is not None:
             model, clip = apply_inversion(model, clip, shape)
-        return io.NodeOutput(*learned(model, clip, vae, *fitted(images, mask, size), plan))
+        return _learned(plan, model, clip, vae, images, mask, size, features)
 
 
 class ApplyInversion(io.ComfyNode):

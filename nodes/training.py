@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import comfy.model_management
@@ -16,17 +17,23 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
+from ..inversion_core.features import FeatureExtractor
+from ..inversion_core.fingerprint import weights_fingerprint
+from ..inversion_core.hosts.comfy_inversion import knows_word
 from ..inversion_core.hosts.comfy_learning import fingerprint, learning_model
 from ..inversion_core.learning.cost import foreseen
 from ..inversion_core.learning.files import load_inversion, save_inversion
-from ..inversion_core.learning.inversion import Inversion
+from ..inversion_core.learning.inversion import Inversion, Kind
 from ..inversion_core.learning.learn import job_of, learn
 from ..inversion_core.learning.lesson import InversionLesson
 from ..inversion_core.learning.material import digest_of, prepare, require_pictures
 from ..inversion_core.learning.pictures import fitted as reduced
 from ..inversion_core.learning.plan import Plan
 from ..inversion_core.learning.proposal import propose_masks
+from ..inversion_core.learning.recipes import SPENDING, Quality, stages
+from ..inversion_core.learning.token import name_of
 from ..inversion_core.learning.trainer import History, Progress
+from .guides import guides_of, needs_features
 from .inversion_files import finished, unfinished
 from .loss_plot import loss_plot
 from .picture_mask import picture_mask
@@ -58,18 +65,55 @@ def proposed(model: Any, clip: Any, vae: Any, pictures: Tensor, class_word: str)
         return propose_masks(opened, latents, class_word, (pictures.shape[1], pictures.shape[2])).cpu()
 
 
-def learned(model: Any, clip: Any, vae: Any, pictures: Tensor, masks: Tensor, plan: Plan) -> Learned:
+def plan_of(
+    kind: Kind,
+    clip: Any,
+    *,
+    token: str,
+    class_word: str,
+    steps: int,
+    quality: Quality,
+    seed: int,
+    objective: str = "attention",
+    beside: str = "",
+) -> Plan:
+    """What a node's settings ask for; LearningError if they make no sense."""
+    spent = SPENDING[quality]
+    return Plan(
+        kind=kind,
+        name=name_of(token, partial(knows_word, clip)),
+        class_word=class_word,
+        stages=stages(kind, steps, spent.batch, objective),
+        vectors=spent.vectors,
+        rank=spent.rank,
+        variants=spent.variants,
+        seed=seed,
+        beside=beside,
+    )
+
+
+def learned(
+    model: Any,
+    clip: Any,
+    vae: Any,
+    pictures: Tensor,
+    masks: Tensor,
+    plan: Plan,
+    features: FeatureExtractor | None = None,
+) -> Learned:
     """Learn what the plan says, or return at once what was learned from exactly this before."""
     # Pictures come from other nodes as inference tensors, which autograd will not have.
     pictures, masks = pictures.clone(), masks.clone()
     require_pictures(pictures, masks)
-    job = job_of(fingerprint(model, clip), digest_of(pictures, masks), plan)
+    seen = features.weights if features is not None and needs_features(plan) else ""
+    models = f"{fingerprint(model, clip)} {weights_fingerprint(vae.first_stage_model.state_dict())} {seen}"
+    job = job_of(models, digest_of(pictures, masks), plan)
     begun = time.monotonic()
     if finished(job).is_file():
         inversion = load_inversion(finished(job))
         note = "learned before from the same inputs; nothing had to be done"
     else:
-        inversion, history = _learn(model, clip, vae, pictures, masks, plan, job)
+        inversion, history = _learn(model, clip, vae, pictures, masks, plan, features, job)
         save_inversion(inversion, finished(job))
         note = _account(history, time.monotonic() - begun)
     evaluations = inversion.settings["evaluations"]
@@ -80,7 +124,14 @@ def learned(model: Any, clip: Any, vae: Any, pictures: Tensor, masks: Tensor, pl
 
 
 def _learn(
-    model: Any, clip: Any, vae: Any, pictures: Tensor, masks: Tensor, plan: Plan, job: str
+    model: Any,
+    clip: Any,
+    vae: Any,
+    pictures: Tensor,
+    masks: Tensor,
+    plan: Plan,
+    features: FeatureExtractor | None,
+    job: str,
 ) -> tuple[Inversion, History]:
     total = sum(stage.steps for stage in plan.stages)
     bar = comfy.utils.ProgressBar(plan.variants + total)
@@ -102,11 +153,15 @@ def _learn(
         bar.update_absolute(plan.variants + news.done, preview=preview)
 
     batch = max(stage.batch for stage in plan.stages)
-    with learning_model(model, clip, [batch, *material.latents.shape[1:]]) as opened:
-        cost = foreseen(opened, material, plan)
+    with (
+        learning_model(model, clip, [batch, *material.latents.shape[1:]]) as opened,
+        guides_of(features, plan, opened, vae, pictures, masks) as guides,
+    ):
+        cost = foreseen(opened, material, plan, guides)
         _say(cost.text())
         rows = cost.rows(int(comfy.model_management.get_free_memory(opened.device)))
-        return learn(opened, material, plan, micro_batch=rows, checkpoint=unfinished(job), job=job, progress=step)
+        kept: dict[str, Any] = {"checkpoint": unfinished(job), "job": job, "progress": step}
+        return learn(opened, material, plan, guides=guides, micro_batch=rows, **kept)
 
 
 def _say(text: str) -> None:

@@ -34,7 +34,7 @@ from ..learning.material import digest_of, prepare, require_pictures
 from ..learning.model import LearningError
 from ..learning.plan import Plan
 from ..learning.proposal import propose_masks
-from ..learning.recipes import APPEARANCE_OBJECTIVES, SPENDING, Quality, stages
+from ..learning.recipes import APPEARANCE_OBJECTIVES, NEED_FEATURES, SPENDING, Quality, stages
 from ..learning.token import name_of
 from ..learning.trainer import Progress
 from .concepts import Concept, concepts_of, read, write_mask
@@ -116,8 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace results that were learned from something else")
     add("--steps", type=int, default=200, help="of the optimiser (default: 200)")
     add("--quality", choices=get_args(Quality), default="balanced", help="what is spent on a step (default: balanced)")
-    objectives = ", ".join(APPEARANCE_OBJECTIVES)
-    add("--objective", default="attention", help=f"for an appearance: {objectives} (default: attention)")
+    objectives = [name for name in APPEARANCE_OBJECTIVES if name not in NEED_FEATURES]
+    add("--objective", choices=objectives, default="attention", help="for an appearance (default: attention)")
     add("--whole", action="store_true", help="learn from whole pictures: propose no masks")
     add("--size", type=int, help="largest side of a training picture (default: the family's, 512 to 1024)")
     add("--seed", type=int, default=0, help="of everything random (default: 0)")

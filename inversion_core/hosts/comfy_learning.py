@@ -63,6 +63,21 @@ def learning_model(
         yield opened
 
 
+@contextmanager
+def decoder(opened: ComfyLearningModel, vae: comfy.sd.VAE) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Load the VAE beside an opened model; while inside, what it yields makes latents (B, C, h, w) of that model into
+    pictures (B, 3, H, W) in [0, 1], with gradients."""
+    memory = vae.memory_used_decode(torch.Size((1, *opened.latent_shape)), vae.vae_dtype) * ACTIVATIONS
+    comfy.model_management.load_models_gpu([vae.patcher], memory_required=memory)
+    with _frozen_for_autograd(vae.first_stage_model):
+
+        def decode(latents: Tensor) -> Tensor:
+            given = opened.as_sampled(latents).to(vae.device, vae.vae_dtype)
+            return vae.process_output(vae.first_stage_model.decode(given).float()).to(latents.device)
+
+        yield decode
+
+
 def fingerprint(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP) -> str:
     """A hash of some values of every weight and every patch on it; the same whether or not the model is loaded."""
     digest = hashlib.sha256(f"{family_of(model)} {clip.layer_idx}".encode())
@@ -96,7 +111,7 @@ class ComfyLearningModel:
         self, model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, latent_size: tuple[int, int]
     ) -> None:
         self._patcher, self._clip, self._base = model, clip, model.model
-        self._latent_size = latent_size
+        self.latent_shape = (self._base.latent_format.latent_channels, *latent_size)
         self.family = family_of(model)
         self.prediction: Prediction = _prediction(self._base.model_sampling)
         self.checkpointing: Callable[[], AbstractContextManager[None]] | None = None
@@ -105,6 +120,10 @@ class ComfyLearningModel:
     def device(self) -> torch.device:
         """Where the UNet computes."""
         return self._patcher.load_device
+
+    def as_sampled(self, latents: Tensor) -> Tensor:
+        """Latents as the VAE knows them."""
+        return self._base.process_latent_out(latents)
 
     def attentions(self) -> dict[str, Attention]:
         """Every attention of the UNet by its path in it."""
@@ -192,7 +211,7 @@ class ComfyLearningModel:
         return {**options, "sigmas": sigma, "cond_or_uncond": [0]}
 
     def _conditions(self, noisy: Tensor, conditioning: Conditioning) -> dict[str, Tensor]:
-        height, width = (8 * side for side in self._latent_size)
+        height, width = (8 * side for side in self.latent_shape[1:])
         conds = self._base.extra_conds(
             cross_attn=conditioning.context,
             pooled_output=conditioning.pooled,

@@ -20,8 +20,12 @@ APPEARANCE_OBJECTIVES: dict[str, dict[str, float]] = {
     "attention": {"diffusion": 1.0, "attention_distillation": 1.0},
     "moments": {"diffusion": 1.0, "moments": 0.1},
     "diffusion": {"diffusion": 1.0},
+    "features": {"diffusion": 1.0, "features": 0.1},
+    "token_mse": {"diffusion": 1.0, "token_mse": 1.0},
 }
 """What an appearance is learned by: the diffusion loss, and beside it what the name says."""
+NEED_FEATURES = ("features", "token_mse")
+"""Those of them that need a feature extractor."""
 
 
 @dataclass(frozen=True)

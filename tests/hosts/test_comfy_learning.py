@@ -20,12 +20,16 @@ from demo import world
 from demo.generate import generate
 from demo.model import DemoModel, load_demo_model
 from demo.text import WIDTH
+from demo.vit import BACKBONE
+from demo.weights import FOLDER
+from inversion_core.features import Backbone, TimmExtractor, load
 from inversion_core.hosts import comfy_inversion
 from inversion_core.hosts.base import HostError
 from inversion_core.hosts.comfy_inversion import apply_inversion, knows_word, with_tokens
-from inversion_core.hosts.comfy_learning import ComfyLearningModel, fingerprint, learning_model
+from inversion_core.hosts.comfy_learning import ComfyLearningModel, decoder, fingerprint, learning_model
 from inversion_core.learning import objectives
 from inversion_core.learning.files import embedding, lora
+from inversion_core.learning.guides import Guides, Look
 from inversion_core.learning.inversion import Inversion, LowRankWeights
 from inversion_core.learning.learn import learn
 from inversion_core.learning.lesson import InversionLesson
@@ -34,7 +38,7 @@ from inversion_core.learning.model import LearningError
 from inversion_core.learning.offset import Sites
 from inversion_core.learning.plan import Plan
 from inversion_core.learning.recipes import stages
-from inversion_core.learning.trainer import Progress
+from inversion_core.learning.trainer import Progress, Stage
 
 from .models import POOLED, Patcher, demo_patcher, random, sd15_patcher, sd21_patcher, sdxl_patcher
 from .text_models import demo_clip, sd1_clip, sd2_clip, sdxl_clip
@@ -181,6 +185,38 @@ def test_checkpointing_gives_the_same_gradients_and_keeps_less(model: Any, clip:
     for plain, sparing in zip(found[0][0], found[1][0], strict=True):
         torch.testing.assert_close(plain, sparing, rtol=1e-3, atol=1e-6)
     assert found[1][1] < 0.6 * found[0][1]
+
+
+def test_what_a_backbone_sees_in_the_decoded_estimate_can_be_learned_by(demo: DemoModel) -> None:
+    backbone = Backbone(**BACKBONE)
+    extractor = TimmExtractor(load(backbone, FOLDER / backbone.file), backbone)
+
+    def see(pictures: Tensor) -> Tensor:
+        found = extractor(pictures, grad=pictures.requires_grad).cls_normed
+        assert found is not None
+        return found
+
+    stage = Stage("s", 4, {"token": 1e-2, "offset": 5e-3}, {"features": 1.0}, 2, levels=(0.0, 0.3))
+    plan = replace(APPEARANCE, stages=(stage,))
+    material = demo_material(demo, plan)
+    weights = demo.vae.first_stage_model
+    with (
+        unchanged(demo.model.model, demo.clip.cond_stage_model, weights),
+        learning_model(demo.model, demo.clip, LATENT) as opened,
+        decoder(opened, demo.vae) as decode,
+    ):
+        # Lossy as the autoencoder is, it must be far nearer to the picture than grey is.
+        pictures, masks = heart()
+        shown = decode(material.reference).permute(0, 2, 3, 1)
+        assert float((shown - pictures).abs().mean()) < 0.3 * float((0.5 - pictures).abs().mean())
+        guides = Guides(Look.of(decode, see, pictures, masks))
+        lesson = InversionLesson(opened, material, plan, guides)
+        lesson.losses(stage, 0, [0])["features"].sum().backward()
+        learned = [one.grad for one in lesson.token.vectors.values()]
+        learned += [up.grad for up, _ in lesson.offset.weights().values()]
+        assert all(one is not None and bool(one.any()) for one in learned)
+        _, history = learn(opened, material, plan, guides=guides, micro_batch=2)
+    assert history.evaluations[-1][1] < history.evaluations[0][1]
 
 
 def test_a_gradient_is_the_slope_of_the_loss() -> None:

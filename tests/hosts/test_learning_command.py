@@ -198,7 +198,6 @@ def test_one_concept_that_fails_keeps_none_of_the_others_from_being_learned(
         (["a/x", "b/x", "--kind", "shape"], "two concepts are called x"),
         (["a", "--kind", "shape", "--shape", "b"], "a frozen shape is for"),
         (["a", "--kind", "shape", "--steps", "0"], "0 steps were asked for"),
-        (["a", "--kind", "appearance", "--objective", "beauty"], "unknown objective 'beauty'"),
         (["a", "--kind", "shape"], "nowhere is neither a file nor a folder.*--download"),
     ],
 )
