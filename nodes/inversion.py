@@ -48,7 +48,7 @@ def _inputs(of: str, name: str, class_word: str, *, sockets: Sequence = (), sett
             default=200,
             min=1,
             max=100_000,
-            tooltip="300 is a beginning. More learn closer, and may obey prompts less.",
+            tooltip="200 is a beginning. More learn closer, and may obey prompts less.",
         ),
         io.Combo.Input("quality", options=list(get_args(Quality)), default="balanced", tooltip=_QUALITY),
         *settings,
