@@ -114,7 +114,6 @@ def learned(
         note = "learned before from the same inputs; nothing had to be done"
     else:
         inversion, history = _learn(model, clip, vae, pictures, masks, plan, features, job)
-        save_inversion(inversion, finished(job))
         note = _account(history, time.monotonic() - begun)
     evaluations = inversion.settings["evaluations"]
     total = sum(stage.steps for stage in plan.stages)
@@ -161,6 +160,7 @@ def _learn(
         _say(cost.text())
         rows = cost.rows(int(comfy.model_management.get_free_memory(opened.device)))
         kept: dict[str, Any] = {"checkpoint": unfinished(job), "job": job, "progress": step}
+        kept["keep"] = partial(save_inversion, path=finished(job))
         return learn(opened, material, plan, guides=guides, micro_batch=rows, **kept)
 
 

@@ -190,7 +190,7 @@ def _learn_one(concept: Concept, options: argparse.Namespace, pipe: Any, model_k
         material = prepare(model.encode_pictures, pictures, masks, plan)
         _log.info("%s: %s", plan.name, foreseen(model, material, plan).text())
         checkpoint = options.output / "unfinished" / f"{job}.safetensors"
-        inversion, history = learn(
+        _, history = learn(
             model,
             material,
             plan,
@@ -198,8 +198,8 @@ def _learn_one(concept: Concept, options: argparse.Namespace, pipe: Any, model_k
             checkpoint=checkpoint,
             job=job,
             progress=lambda news, _: _say(plan.name, news),
+            keep=lambda found: save_inversion(replace(found, settings={**found.settings, "job": job}), path),
         )
-        save_inversion(replace(inversion, settings={**inversion.settings, "job": job}), path)
         losses = [f"{history.evaluations[place][1]:.4g}" for place in (0, -1)]
         _log.info("%s: loss on fixed noise %s to %s; written to %s", plan.name, *losses, path)
 

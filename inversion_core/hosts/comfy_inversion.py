@@ -101,7 +101,8 @@ def text_tokenizers(clip: comfy.sd.CLIP) -> dict[str, SDTokenizer]:
     found = {name: value for name, value in vars(clip.tokenizer).items() if isinstance(value, SDTokenizer)}
     if not found:
         raise HostError(
-            f"tokens cannot be placed in the prompts of a {type(clip.tokenizer).__name__}: use a CLIP-type text encoder"
+            f"tokens cannot be placed in the prompts of a {type(clip.tokenizer).__name__}: use a CLIP- or T5-type text "
+            "encoder, or the offset alone: Save Inversion with stock_files, then Load LoRA"
         )
     return found
 

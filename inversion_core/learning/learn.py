@@ -27,6 +27,7 @@ def learn(
     checkpoint: Path | None = None,
     job: str = "",
     progress: Callable[[Progress, InversionLesson], None] | None = None,
+    keep: Callable[[Inversion], None] | None = None,
 ) -> tuple[Inversion, History]:
     """Learn a shape or an appearance; the model is not changed.
 
@@ -34,12 +35,20 @@ def learn(
         material: what `prepare` made of the pictures for this plan.
         guides: what some objectives need; no part of the hash of a training unless the caller puts it there.
         progress: told after each step, with the lesson as it stands; what it raises ends the learning.
+        keep: writes the result; the checkpoint stays until it has.
         micro_batch, checkpoint, job: see `trainer.train`.
 
     Raises:
         LearningError: see `trainer.train`.
     """
-    lesson = InversionLesson(model, material, plan, guides)
+    lesson, found = InversionLesson(model, material, plan, guides), []
+
+    def finish(history: History) -> None:
+        settings = json.loads(json.dumps({**asdict(plan), "evaluations": history.evaluations}))
+        found.append(lesson.inversion(settings))
+        if keep is not None:
+            keep(found[0])
+
     history = train(
         lesson,
         plan.stages,
@@ -47,8 +56,9 @@ def learn(
         checkpoint=checkpoint,
         job=job,
         progress=None if progress is None else lambda news: progress(news, lesson),
+        keep=finish,
     )
-    return lesson.inversion(json.loads(json.dumps({**asdict(plan), "evaluations": history.evaluations}))), history
+    return found[0], history
 
 
 def job_of(model: str, pictures: str, plan: Plan) -> str:

@@ -134,6 +134,7 @@ def train(
     job: str = "",
     save_every_s: float = 10.0,
     progress: Callable[[Progress], None] | None = None,
+    keep: Callable[[History], None] | None = None,
 ) -> History:
     """Run the stages one after another; afterwards the lesson's modules hold the averaged weights of the last.
 
@@ -145,6 +146,8 @@ def train(
         save_every_s: seconds between two checkpoints.
         progress: told after each step. What it raises ends the training, after the state was saved; so does what a
             lesson's losses raise.
+        keep: called at the end, when the lesson's modules hold the result, and before the checkpoint is removed: if it
+            cannot be kept (no room on the disk), the training goes on from its last checkpoint another time.
 
     Raises:
         LearningError: the loss is no number, memory does not suffice for one row, or the checkpoint belongs elsewhere.
@@ -162,6 +165,8 @@ def train(
         if time.monotonic() - saved > save_every_s:
             run.save()
             saved = time.monotonic()
+    if keep is not None:
+        keep(run.history)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return run.history

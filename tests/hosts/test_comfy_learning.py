@@ -10,6 +10,7 @@ from typing import Any
 import comfy.lora
 import comfy.model_sampling
 import comfy.sd
+import comfy.text_encoders.flux
 import numpy as np
 import pytest
 import torch
@@ -471,6 +472,29 @@ def test_learned_words_are_answered_in_the_form_of_this_comfyui(monkeypatch: pyt
     finally:
         comfy_inversion._names_are_answered.cache_clear()
     assert vectors.shape == (1, WIDTH) and (name, rest) == ("<x>", "on snow")
+
+
+def test_t5_lets_tokens_in_too() -> None:
+    """Beside clip_l in Flux's prompts; nothing was learned for T5 yet, but its embeddings have a place."""
+    tokenizer = comfy.text_encoders.flux.FluxTokenizer()
+    clip: Any = SimpleNamespace(tokenizer=tokenizer)
+    clip.clone = lambda: SimpleNamespace(tokenizer=tokenizer)
+    widths = {"clip_l": 768, "t5xxl": 4096}
+    learned = {name: random(2, width, seed=1) for name, width in widths.items()}
+    tokens = with_tokens(clip, {"x": learned}).tokenizer.tokenize_with_weights("a (<x>:1.3) house")
+    for key, name in (("l", "clip_l"), ("t5xxl", "t5xxl")):
+        placed = [(one, weight) for chunk in tokens[key] for one, weight in chunk if isinstance(one, Tensor)]
+        assert [weight for _, weight in placed] == [pytest.approx(1.3)] * 2
+        assert torch.equal(torch.stack([one for one, _ in placed]), learned[name])
+    with pytest.raises(HostError, match="learned for clip_l, but this CLIP wants t5xxl"):
+        with_tokens(clip, {"x": {"clip_l": learned["clip_l"]}})
+
+
+def test_an_encoder_without_places_is_refused_and_the_offset_offered() -> None:
+    clip: Any = SimpleNamespace(tokenizer=SimpleNamespace())
+    clip.clone = lambda: clip
+    with pytest.raises(HostError, match="offset alone: Save Inversion with stock_files, then Load LoRA"):
+        with_tokens(clip, {"x": {"clip_l": random(1, 768, seed=1)}})
 
 
 def test_several_inversions_chain_and_names_stay_apart() -> None:

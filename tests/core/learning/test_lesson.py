@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from inversion_core.learning.files import InversionFileError
 from inversion_core.learning.guides import Guides, Look, Projection
 from inversion_core.learning.inversion import Inversion
 from inversion_core.learning.learn import job_of, learn
@@ -194,6 +195,37 @@ def test_a_killed_learning_ends_as_one_that_was_not(tmp_path: Path) -> None:
         learn(ToyModel(), material(APPEARANCE), APPEARANCE, checkpoint=checkpoint, progress=kill)
     again, _ = learn(ToyModel(), material(APPEARANCE), APPEARANCE, checkpoint=checkpoint)
     assert same(whole, again)
+
+
+def test_a_result_that_cannot_be_kept_is_not_lost(tmp_path: Path) -> None:
+    """The disk is full when the file is written: what was learned so far is still there."""
+    plan = replace(SHAPE, stages=stages("shape", 5, 2))
+    checkpoint = tmp_path / "state.safetensors"
+
+    def stop(news: Progress, _: InversionLesson) -> None:
+        if news.done == 4:
+            raise KeyboardInterrupt
+
+    def full(_: Inversion) -> None:
+        raise InversionFileError("No space left on device")
+
+    whole, _ = learn(ToyModel(), material(plan), plan)
+    with pytest.raises(KeyboardInterrupt):
+        learn(ToyModel(), material(plan), plan, checkpoint=checkpoint, progress=stop)
+    with pytest.raises(InversionFileError, match="No space left"):
+        learn(ToyModel(), material(plan), plan, checkpoint=checkpoint, keep=full)
+    kept, seen = [], []
+    learn(
+        ToyModel(),
+        material(plan),
+        plan,
+        checkpoint=checkpoint,
+        progress=lambda news, _: seen.append(news.done),
+        keep=kept.append,
+    )
+    assert seen == [5]
+    assert same(kept[0], whole)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_sample_is_a_latent_and_changes_with_what_is_learned() -> None:

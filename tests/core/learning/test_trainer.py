@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from inversion_core.learning import files
 from inversion_core.learning.model import LearningError
 from inversion_core.learning.trainer import History, Lesson, Progress, Stage, train
 
@@ -227,6 +228,22 @@ def test_a_loss_that_is_no_number_ends_it_before_anything_is_spoiled() -> None:
         trained(lesson=broken, progress=lambda _: seen.append(state(broken)))
     assert len(seen) == 5
     assert same(state(broken), seen[-1])
+
+
+def test_a_full_disk_ends_it_and_the_checkpoint_before_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tmp_path / "state.safetensors"
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(LearningError, match=r"cannot be written.*No space left"):
+        fill = at(7, lambda: patch.setattr(files, "save_file", full))
+        trained(checkpoint=checkpoint, job="a", save_every_s=0.0, progress=fill)
+    assert list(tmp_path.iterdir()) == [checkpoint]
+    seen: list[int] = []
+    again, _ = trained(checkpoint=checkpoint, job="a", progress=lambda news: seen.append(news.done))
+    assert seen[0] == 7
+    assert same(trained()[0], again)
 
 
 class Flat(Line):
