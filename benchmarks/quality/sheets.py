@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -17,7 +19,7 @@ def sheet(titles: list[str], rows: list[list[np.ndarray]]) -> Image.Image:
     draw, font = ImageDraw.Draw(made), ImageFont.load_default(size=12)
     for column, title in enumerate(titles):
         left = _GAP + column * (_PANEL + _GAP)
-        words = title if len(title) <= 20 or "\n" in title else title.replace(" + ", "\n+ ").replace(" (", "\n(")
+        words = title if "\n" in title else textwrap.fill(title, 20)
         draw.multiline_text((left + _PANEL / 2, _HEAD / 2), words, fill="black", font=font, anchor="mm", align="center")
         for row, pictures in enumerate(rows):
             pixels = np.uint8(np.round(np.clip(pictures[column], 0, 1) * 255))
