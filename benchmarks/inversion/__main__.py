@@ -34,6 +34,8 @@ KINDS = ("shape", "appearance", "both", "joint")
 LEARNING = ("augmentation", "lesson", "material", "objectives", "offset", "plan", "token", "trainer")
 PAIRED = ("ours", "textual inversion", "dreambooth lora")
 """Methods of which a shape and an appearance, learned apart, go into one picture."""
+BESIDE = 0.5
+"""Strength of an appearance's offset beside a shape's: at 1 the two get in each other's way (docs/inversion.md)."""
 SHOWN = 6
 """Pictures kept of each concept."""
 
@@ -157,10 +159,10 @@ class Bench:
             pictures = self._draw(self.applied(name, pair), wanted)
             return measures.appearance_figures(pictures, wanted, self.judge), pictures
 
-        return self._kept(self._file(name, "both", pair[0].seed, "npz"), make)
+        return self._kept(self._file(name, f"both-{BESIDE}", pair[0].seed, "npz"), make)
 
     def applied(self, name: str, learned: Sequence[Concept]) -> DemoModel:
-        """The demo model with what a method learned of some concepts."""
+        """The demo model with what a method learned of some concepts; an appearance beside a shape by `BESIDE`."""
         from demo.model import DemoModel
         from inversion_core.hosts.comfy_inversion import apply_inversion
         from inversion_core.learning.files import load_inversion
@@ -168,7 +170,8 @@ class Bench:
         model, clip = self.demo.model, self.demo.clip
         for concept in learned:
             found = load_inversion(self._file(name, concept.kind, concept.seed, "safetensors"))
-            model, clip = apply_inversion(model, clip, found)
+            beside = concept.kind == "appearance" and len(learned) > 1
+            model, clip = apply_inversion(model, clip, found, offset_strength=BESIDE if beside else 1.0)
         return DemoModel(model, clip, self.demo.vae)
 
     def _joint(self, way: str, newcomer: Newcomer) -> Figures:
@@ -203,7 +206,7 @@ class Bench:
 
         # The plans themselves, so that another recipe for the one kind leaves the other's results.
         method = METHODS.get(name, METHODS["ours"])
-        kinds: list[Kind] = [one for one in get_args(Kind) if kind in (one, "both", "joint")]
+        kinds: list[Kind] = [one for one in get_args(Kind) if kind == one or kind not in get_args(Kind)]
         plans = [method.plan(one, self.steps) for one in kinds]
         which = hashlib.sha256(f"{name} {plans} {self.prompts}".encode()).hexdigest()[:8]
         return self.folder / f"{kind}-{seed}-{which}.{ending}"
@@ -231,7 +234,8 @@ class Bench:
                 shown = pair if kind == "both" else [one for one in pair if one.kind == kind]
                 sources = [(world.render(one.factors).image * 255).round().astype(np.uint8) for one in shown]
                 sources += [np.full_like(sources[0], 255)] * (2 - len(sources))
-                with np.load(self._file("ours", kind, shown[0].seed, "npz")) as found:
+                kept = f"both-{BESIDE}" if kind == "both" else kind
+                with np.load(self._file("ours", kept, shown[0].seed, "npz")) as found:
                     rows.append(np.concatenate([*sources, *found["pictures"]], axis=1))
         return Image.fromarray(np.concatenate(rows))
 
