@@ -99,12 +99,15 @@ BOTH = ("shape", "appearance")
 ROWS: dict[str, Row] = {
     "prompt only": _row(()),
     "default": Row(partial(injected, PRESETS["default"])),
+    "default + flat shape": Row(partial(injected, PRESETS["default"], shape="flat a")),
     "textual inversion of both": _row(BOTH, "textual inversion"),
+    "default + flat shape + textual inversion of the shape": _row(("shape",), "textual inversion", shape="flat a"),
     "learned both": _row(BOTH),
     "learned shape + injected look": _row(("shape",), shape=None),
-    "default + learned look": _row(("appearance",), shape="a"),
-    "default + learned look, its offset alone": _row(("appearance",), words=(), shape="a"),
-    "default + learned both": _row(BOTH, shape="a"),
+    "default + learned shape": _row(("shape",), shape="a"),
+    "default + flat shape + learned shape": _row(("shape",), shape="flat a"),
+    "default + flat shape + learned look": _row(("appearance",), shape="flat a"),
+    "default + flat shape + learned both": _row(BOTH, shape="flat a"),
 }
 
 

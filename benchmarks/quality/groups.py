@@ -13,6 +13,7 @@ from inversion_core.injection import Window
 from inversion_core.presets import PRESETS, Preset
 
 from .methods import Method, autoencoded, colored, crossed, described, injected, neutral, placed, prompted, shown
+from .one_query import read_by_cls
 
 
 def _shape_until(end: float, preset: Preset) -> Preset:
@@ -40,6 +41,13 @@ OURS: dict[str, Method] = {
     "default - shape": partial(injected, PRESETS["default"], shape=None),
     "colour guidance alone": colored,
 }
+
+ONE_QUERY: dict[str, Method] = {
+    "read by B's CLS": partial(read_by_cls, PRESETS["default"]),
+    "read by B's CLS, first half": partial(read_by_cls, PRESETS["default"], end=0.5),
+    "read by B's CLS - colour": partial(read_by_cls, PRESETS["default"], color=False),
+}
+"""Idea 4."""
 
 ROOM, FEATHER = 4, 4
 """Of the mask around what is placed, as in workflows/place_on_picture."""
@@ -92,6 +100,7 @@ GROUPS: dict[str, dict[str, Method]] = {
     "baselines": BASELINES,
     "attention": ATTENTION,
     "ours": OURS,
+    "one query": ONE_QUERY,
     "placed": PLACED,
     "presets": PRESET_PAGE,
     "dit": DIT_PAGE,
