@@ -112,7 +112,7 @@ def test_edits_that_read_no_keys_have_no_reading_picture(family: Family) -> None
 
 
 ROWS = {
-    "default": (3, 2),
+    "default": (3, 3),
     "masactrl": (2, 2),
     "cross-image": (1, 1),
     "style-aligned": (3, 2),

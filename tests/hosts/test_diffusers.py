@@ -564,5 +564,5 @@ def test_from_words_and_pictures_to_a_picture() -> None:
         found = draw()
     assert found.shape == (1, 3, 64, 96)
     assert change(found, plain) > VISIBLE
-    assert report.reference_rows == 3 + 2  # the shape's window ends before the last step
+    assert report.reference_rows == 3 + 3  # both are read at every step
     assert torch.equal(draw(), plain)
