@@ -1,5 +1,6 @@
 """The benchmark of inversions: its truth, its scale, and that it goes on where it stopped."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,13 +8,18 @@ import pytest
 import torch
 
 from benchmarks.appearance_loss import probe
-from benchmarks.inversion import methods
+from benchmarks.inversion import joint, methods
 from benchmarks.inversion.__main__ import Bench
-from benchmarks.inversion.concepts import concepts, together
+from benchmarks.inversion.composed import crossed, said
+from benchmarks.inversion.concepts import concepts, newcomers, together
 from benchmarks.inversion.measures import appearance_figures, shape_figures
 from benchmarks.inversion.tables import tables
 from demo import world
+from demo.generate import generate
 from demo.judge import Judge
+from demo.model import load_demo_model
+from inversion_core.learning.inversion import Kind
+from inversion_core.learning.plan import Plan
 
 
 def test_truth_scores_as_truth_and_another_appearance_does_not() -> None:
@@ -74,6 +80,40 @@ def test_every_kind_of_method_runs_and_what_is_kept_is_not_made_again(
     assert figures["appearance"]["ours"]["steps"] == 2
     assert "| full fine-tune |" in tables(figures)["shape"]
     assert bench.sheet(kinds, 1).size == (128 * 3, 128 * 3)
+
+
+@pytest.mark.parametrize("way", joint.WAYS)
+def test_both_are_learned_from_one_picture(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jointly, each lesson sees the other's token and offset; what comes out knows both words and changes the model."""
+
+    def small(kind: Kind, steps: int) -> Plan:
+        plan = methods.ours(kind, steps)
+        stages = tuple(replace(stage, batch=2) for stage in plan.stages)
+        return replace(plan, stages=stages, variants=4, vectors=1, rank=2)
+
+    monkeypatch.setattr(joint, "ours", small)
+    (newcomer,) = newcomers(1, tuning=True)
+    assert newcomer.factors.shape in world.WITHHELD_SHAPES
+    assert newcomer.factors.appearance.texture in world.WITHHELD_TEXTURES
+    with torch.inference_mode():
+        demo = load_demo_model()
+        found = joint.learned_both(way, newcomer, 2, demo)
+        assert len(found.model.patches) > len(demo.model.patches) == 0
+        told = [generate(one, ["a <look> <form>"], [1], steps=2) for one in (found, found, demo)]
+    assert torch.equal(told[0], told[1])
+    assert not torch.equal(told[0], told[2])
+
+
+def test_crossed_pairs_have_the_shape_of_the_one_and_the_look_of_the_other() -> None:
+    pairs = crossed(8, tuning=False)
+    assert len({pair.seed for pair in pairs}) == len({(pair.shape_of.seed, pair.look_of.seed) for pair in pairs}) == 32
+    for pair in pairs:
+        assert pair.a == pair.shape_of.factors
+        assert pair.b == pair.look_of.factors
+        truth = world.compose(pair.a, pair.b, pair.a)
+        assert np.array_equal(pair.truth.image, world.render(truth).image)
+    assert said("shape", "appearance")(pairs[0]) == f"a <look> <form> on {pairs[0].a.background}"
+    assert said()(pairs[0]) == f"a shape on {pairs[0].a.background}"
 
 
 def test_a_probe_finds_what_is_linear_and_nothing_where_there_is_nothing() -> None:
