@@ -177,7 +177,11 @@ class ComfyClient:
             return (await answer.json())["prompt_id"]
 
     async def _wait(self, prompt_id: str, on_progress: Callable[[Progress], None] | None) -> Outputs:
+        over = False
         while (record := await self._record(prompt_id)) is None:
+            over = await self._listen(prompt_id, on_progress)
+        if not over and on_progress is not None and self._socket is not None:
+            # The run ended between a look at the messages and a look at the record: its last messages are yet to come.
             await self._listen(prompt_id, on_progress)
         for event, content in record["status"]["messages"]:
             if event == "execution_error":
@@ -190,15 +194,18 @@ class ComfyClient:
         """What the server has written down of a finished run; None while it is queued or running."""
         return (await self._json("GET", f"/history/{prompt_id}")).get(prompt_id)
 
-    async def _listen(self, prompt_id: str, on_progress: Callable[[Progress], None] | None) -> None:
-        """Reads messages until the run seems to be over, or for a second without any (another call may read them)."""
+    async def _listen(self, prompt_id: str, on_progress: Callable[[Progress], None] | None) -> bool:
+        """Reads messages until the run seems to be over, or for a second without any (another call may read them).
+
+        Returns whether the message that says so came.
+        """
         if self._socket is None:
             raise RuntimeError("queue the workflow with this client before waiting for it")
         while True:
             try:
                 message = await self._socket.receive(_POLL_SECONDS)
             except asyncio.TimeoutError:
-                return
+                return False
             if message.type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.ERROR):
                 raise ServerGone(f"ComfyUI at {self._url} closed the connection during the run")
             if message.type != aiohttp.WSMsgType.TEXT:
@@ -208,7 +215,7 @@ class ComfyClient:
             if content.get("prompt_id") != prompt_id:
                 continue
             if event["type"] == "executing" and content["node"] is None:
-                return
+                return True
             if event["type"] == "progress" and on_progress is not None:
                 on_progress(Progress(str(content["node"]), content["value"], content["max"]))
 

@@ -18,7 +18,7 @@ from ..inversion_core.reference import Reference as Value
 from .host import output_mask, single_reference
 from .newer import found_by, rarely_changed
 from .sockets import Preset, Reference
-from .widgets import share, window
+from .widgets import method_strength, share, window
 
 _SOURCES = "\n".join(f"{preset.name}: {preset.source}" for preset in PRESETS.values())
 
@@ -61,12 +61,7 @@ class KVInjection(io.ComfyNode):
                     default="default",
                     tooltip=f"Which method. 'default' is the best we know.\n{_SOURCES}",
                 ),
-                share(
-                    "strength",
-                    1.0,
-                    "1 is the method in full. Lower it if too much of the appearance picture is copied. 0 is exactly "
-                    "the model without this node.",
-                ),
+                method_strength(),
                 share(
                     "shape_strength",
                     1.0,

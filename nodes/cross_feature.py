@@ -18,7 +18,7 @@ from .features import PAIRS, matching_inputs, seeing
 from .host import output_mask, single_reference
 from .newer import found_by, rarely_changed
 from .sockets import FeatureExtractor, Reference
-from .widgets import share, window
+from .widgets import method_strength, share, window
 
 
 class CrossFeatureAttention(io.ComfyNode):
@@ -40,12 +40,7 @@ class CrossFeatureAttention(io.ComfyNode):
                 Reference.Input("appearance", tooltip="Whose colours and textures the result takes; may be several."),
                 Reference.Input("shape", tooltip="Whose layout the result has, and whose parts are looked for."),
                 FeatureExtractor.Input("features", tooltip="From Load Feature Extractor."),
-                share(
-                    "strength",
-                    1.0,
-                    "1 is the method in full. Lower it if too much of the appearance picture is copied. 0 is exactly "
-                    "the model without this node.",
-                ),
+                method_strength(),
                 share(
                     "share",
                     1.0,

@@ -21,6 +21,7 @@ from ..inversion_core.features import FeatureExtractor
 from ..inversion_core.fingerprint import weights_fingerprint
 from ..inversion_core.hosts.comfy_inversion import knows_word
 from ..inversion_core.hosts.comfy_learning import fingerprint, learning_model
+from ..inversion_core.learning import recipes
 from ..inversion_core.learning.cost import foreseen
 from ..inversion_core.learning.files import load_inversion, save_inversion
 from ..inversion_core.learning.inversion import Inversion, Kind
@@ -30,7 +31,6 @@ from ..inversion_core.learning.material import digest_of, prepare, require_pictu
 from ..inversion_core.learning.pictures import fitted as reduced
 from ..inversion_core.learning.plan import Plan
 from ..inversion_core.learning.proposal import propose_masks
-from ..inversion_core.learning.recipes import SPENDING, Quality, stages
 from ..inversion_core.learning.token import name_of
 from ..inversion_core.learning.trainer import History, Progress
 from .guides import guides_of, needs_features
@@ -65,31 +65,9 @@ def proposed(model: Any, clip: Any, vae: Any, pictures: Tensor, class_word: str)
         return propose_masks(opened, latents, class_word, (pictures.shape[1], pictures.shape[2])).cpu()
 
 
-def plan_of(
-    kind: Kind,
-    clip: Any,
-    *,
-    token: str,
-    class_word: str,
-    steps: int,
-    quality: Quality,
-    seed: int,
-    objective: str = "attention",
-    beside: str = "",
-) -> Plan:
-    """What a node's settings ask for; LearningError if they make no sense."""
-    spent = SPENDING[quality]
-    return Plan(
-        kind=kind,
-        name=name_of(token, partial(knows_word, clip)),
-        class_word=class_word,
-        stages=stages(kind, steps, spent.batch, objective),
-        vectors=spent.vectors,
-        rank=spent.rank,
-        variants=spent.variants,
-        seed=seed,
-        beside=beside,
-    )
+def plan_of(kind: Kind, clip: Any, *, token: str, **settings: Any) -> Plan:
+    """The plan of a node's settings: see `recipes.plan_of`."""
+    return recipes.plan_of(kind, name_of(token, partial(knows_word, clip)), **settings)
 
 
 def learned(
@@ -159,9 +137,17 @@ def _learn(
         cost = foreseen(opened, material, plan, guides)
         _say(cost.text())
         rows = cost.rows(int(comfy.model_management.get_free_memory(opened.device)))
-        kept: dict[str, Any] = {"checkpoint": unfinished(job), "job": job, "progress": step}
-        kept["keep"] = partial(save_inversion, path=finished(job))
-        return learn(opened, material, plan, guides=guides, micro_batch=rows, **kept)
+        return learn(
+            opened,
+            material,
+            plan,
+            guides=guides,
+            micro_batch=rows,
+            checkpoint=unfinished(job),
+            job=job,
+            progress=step,
+            keep=partial(save_inversion, path=finished(job)),
+        )
 
 
 def _say(text: str) -> None:

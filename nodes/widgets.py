@@ -12,6 +12,16 @@ def share(name: str, default: float, tooltip: str, **options: Any) -> io.Float.I
     return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip, **options)
 
 
+def method_strength() -> io.Float.Input:
+    """Of everything that an injection does."""
+    return share(
+        "strength",
+        1.0,
+        "1 is the method in full. Lower it if too much of the appearance picture is copied. 0 is exactly the model "
+        "without this node.",
+    )
+
+
 def window(start: float, start_tooltip: str, end: float, end_tooltip: str) -> list[io.Float.Input]:
     """Which part of the sampling something happens in."""
     return [share("start_percent", start, start_tooltip), share("end_percent", end, end_tooltip)]

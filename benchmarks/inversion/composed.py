@@ -32,11 +32,11 @@ from inversion_core.presets import PRESETS  # noqa: E402
 
 from .__main__ import Bench  # noqa: E402
 from .concepts import TOKENS, Concept, concepts  # noqa: E402
+from .tables import write_table  # noqa: E402
 
 CROSSINGS = 4
 """Appearances that each shape is crossed with."""
 SHOWN = 6
-_TABLE = ("<!-- composed -->", "<!-- end of composed -->")
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,7 @@ def main() -> None:
     text = markdown(table, len(next(iter(rows.values()))))
     options.json.write_text(json.dumps({"pairs": len(sheet), "methods": table}, indent=2) + "\n", encoding="utf-8")
     if options.docs is not None:
-        page = options.docs.read_text(encoding="utf-8")
-        before, rest = page.split(_TABLE[0], 1)
-        after = rest.split(_TABLE[1], 1)[1]
-        options.docs.write_text(f"{before}{_TABLE[0]}\n{text}{_TABLE[1]}{after}", encoding="utf-8")
+        write_table("composed", text.rstrip("\n"), options.docs)
     if options.sheet is not None:
         every = max(1, len(sheet) // SHOWN)
         pixels = np.concatenate([np.concatenate(row, axis=1) for row in sheet[::every][:SHOWN]])

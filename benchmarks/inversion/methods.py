@@ -19,7 +19,7 @@ from inversion_core.learning.material import Material, prepare
 from inversion_core.learning.model import LearningModel
 from inversion_core.learning.offset import Sites
 from inversion_core.learning.plan import Plan
-from inversion_core.learning.recipes import APPEARANCE_OBJECTIVES, OFFSET_RATE, SPENDING, TOKEN_RATE, stages
+from inversion_core.learning.recipes import APPEARANCE_OBJECTIVES, OFFSET_RATE, TOKEN_RATE, plan_of
 from inversion_core.learning.trainer import Stage, train
 
 from .concepts import TOKENS, Concept
@@ -61,16 +61,7 @@ class Method:
 
 def ours(kind: Kind, steps: int) -> Plan:
     """What the nodes do by default."""
-    spent = SPENDING["balanced"]
-    return Plan(
-        kind=kind,
-        name=TOKENS[kind],
-        class_word=CLASS_WORD[kind],
-        stages=stages(kind, steps, spent.batch),
-        vectors=spent.vectors,
-        rank=spent.rank,
-        variants=spent.variants,
-    )
+    return plan_of(kind, TOKENS[kind], CLASS_WORD[kind], steps)
 
 
 def _objectives(wanted: Mapping[str, float]) -> Callable[[Kind, int], Plan]:

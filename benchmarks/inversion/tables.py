@@ -27,13 +27,16 @@ def tables(figures: dict[str, Any]) -> dict[str, str]:
 
 def write_tables(figures: dict[str, Any], page: Path) -> None:
     """Put every table there are figures for in its place; the rest of the page stays."""
-    text = page.read_text(encoding="utf-8")
     for kind, table in tables(figures).items():
-        start, end = f"<!-- {kind} -->\n", f"<!-- end of {kind} -->"
-        before, rest = text.split(start)
-        _, after = rest.split(end)
-        text = f"{before}{start}{table}\n{end}{after}"
-    page.write_text(text, encoding="utf-8")
+        write_table(kind, table, page)
+
+
+def write_table(name: str, table: str, page: Path) -> None:
+    """Put one table between its two marks."""
+    start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    before, rest = page.read_text(encoding="utf-8").split(start)
+    _, after = rest.split(end)
+    page.write_text(f"{before}{start}{table}\n{end}{after}", encoding="utf-8")
 
 
 def _table(kind: str, methods: dict[str, dict[str, float]]) -> str:

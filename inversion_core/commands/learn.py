@@ -34,7 +34,7 @@ from ..learning.material import digest_of, prepare, require_pictures
 from ..learning.model import LearningError
 from ..learning.plan import Plan
 from ..learning.proposal import propose_masks
-from ..learning.recipes import APPEARANCE_OBJECTIVES, NEED_FEATURES, SPENDING, Quality, stages
+from ..learning.recipes import APPEARANCE_OBJECTIVES, NEED_FEATURES, Quality, plan_of, stages
 from ..learning.token import name_of
 from ..learning.trainer import Progress
 from .concepts import Concept, concepts_of, read, write_mask
@@ -207,15 +207,13 @@ def _learn_one(concept: Concept, options: argparse.Namespace, pipe: Any, model_k
 def _plan(
     concept: Concept, options: argparse.Namespace, model: DiffusersLearningModel, shapes: Sequence[Inversion]
 ) -> Plan:
-    spent = SPENDING[options.quality]
-    return Plan(
-        kind=concept.kind,
-        name=name_of(concept.written, model.knows_word),
-        class_word=concept.words,
-        stages=stages(concept.kind, options.steps, spent.batch, options.objective),
-        vectors=spent.vectors,
-        rank=spent.rank,
-        variants=spent.variants,
+    return plan_of(
+        concept.kind,
+        name_of(concept.written, model.knows_word),
+        concept.words,
+        options.steps,
+        options.quality,
+        objective=options.objective,
         seed=options.seed,
         beside=" ".join(f"<{one.name}>" for one in shapes),
     )

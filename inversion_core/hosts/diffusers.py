@@ -57,6 +57,7 @@ from ..injection import Injection
 from ..reference import Reference
 from ..sites import Part, Site
 from .base import Crop, Grid, HostError, inside, require_channels, tokens_to_map
+from .diffusers_processor import Around
 from .diffusers_references import NoiseLevels, Passes, Prompt, UNetArguments, model_key
 from .report import Report
 from .session import FEATURES, Layer, Rows, Session, States
@@ -223,7 +224,7 @@ class _Host:
         Raises:
             HostError: another block has done so already.
         """
-        if any(isinstance(place.layer.processor, _Processor) for place in self.places):
+        if any(isinstance(place.layer.processor, Around) for place in self.places):
             raise HostError(
                 "this pipeline is inside another attach block: give all injections to a single one, "
                 "attach(pipe, *first, *second)"
@@ -241,7 +242,7 @@ class _Host:
             hook = functools.partial(self._decoder_block, resnets[at - 1].out_channels)
             attached.callback(resnets[at].register_forward_pre_hook(hook).remove)
         for place in self.places:
-            processor = _Processor(self, place)
+            processor = Around(place.layer, functools.partial(self._processed, place))
             attached.callback(processor.detach)
             place.layer.set_processor(processor)  # pyright: ignore[reportArgumentType]
 
@@ -392,6 +393,19 @@ class _Host:
             out = module(out)
         return out
 
+    def _processed(
+        self,
+        place: Place,
+        inner: Callable[..., Tensor],
+        attn: Attention,
+        hidden_states: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """In place of a layer's processor: calls that the session does not edit go on to the one it had."""
+        edited = self.attention(place, hidden_states, inner)
+        return inner(attn, hidden_states, *args, **kwargs) if edited is None else edited
+
 
 class _Run(NamedTuple):
     """What stays the same from the first step of a sampling run to its last."""
@@ -399,32 +413,6 @@ class _Run(NamedTuple):
     passes: Passes
     levels: NoiseLevels
     model: str
-
-
-class _Processor:
-    """A self-attention's processor within a block: calls that the session does not edit go on to the one it had."""
-
-    def __init__(self, host: _Host, place: Place) -> None:
-        self._layer = place.layer
-        self._inner: Any = place.layer.processor
-        inner = self._inner
-
-        @functools.wraps(inner.__call__)
-        def call(attn: Attention, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            edited = host.attention(place, hidden_states, inner)
-            return inner(attn, hidden_states, *args, **kwargs) if edited is None else edited
-
-        self._call = call
-
-    @property
-    def __call__(self) -> Callable[..., Tensor]:
-        # diffusers passes on only those keyword arguments that this signature names: they must be the inner one's.
-        return self._call
-
-    def detach(self) -> None:
-        """Give the layer back the processor that it had, unless somebody has given it another one since."""
-        if self._layer.processor is self:
-            self._layer.set_processor(self._inner)
 
 
 def _attend(

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from ..injection import Injection
 from ..reference import Reference
 from ..sites import Site
 from .base import Crop, Grid, HostError, inside, require_channels
+from .diffusers_processor import Around
 from .diffusers_references import Prompt, weights_key
 from .families import FAMILIES, Family, Layout
 from .joint import Joint
@@ -211,7 +212,7 @@ class _Host:
         Raises:
             HostError: another block has done so already.
         """
-        if any(isinstance(layer.processor, _Processor) for layer in layers.values()):
+        if any(isinstance(layer.processor, Around) for layer in layers.values()):
             raise HostError(
                 "this pipeline is inside another attach block: give all injections to a single one, "
                 "attach(pipe, *first, *second)"
@@ -219,7 +220,7 @@ class _Host:
         attached.callback(self.model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
         attached.callback(self.model.register_forward_hook(self._after, always_call=True).remove)
         for site in self.session.sites:
-            processor = _Processor(self, site, layers[site.name])
+            processor = Around(layers[site.name], partial(self._processed, site))
             attached.callback(processor.detach)
             layers[site.name].set_processor(processor)
 
@@ -373,36 +374,16 @@ class _Host:
         cos, sin = (one[0, ::2] for one in self.model.pos_embed(torch.tensor([by], device=x.device)))
         return turned(x, torch.stack((cos, -sin, sin, cos), dim=-1).unflatten(-1, (2, 2)))
 
-
-class _Processor:
-    """A layer's processor within a block: the one that it had, its attention call taken over."""
-
-    def __init__(self, host: _Host, site: Site, layer: Any) -> None:
-        self._layer, self._inner = layer, layer.processor
-        inner: Any = self._inner
-
-        @wraps(inner.__call__)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with _Taken(host, site) as taken:
-                out = inner(*args, **kwargs)
-            if taken.calls != 1:
-                raise HostError(
-                    f"at {site.name} {type(inner).__name__} called PyTorch's attention {taken.calls} times instead of "
-                    "once: use the attention backend 'native', and no IP-Adapter"
-                )
-            return out
-
-        self._call = call
-
-    @property
-    def __call__(self) -> Callable[..., Any]:
-        # diffusers passes on only those keyword arguments that this signature names: they must be the inner one's.
-        return self._call
-
-    def detach(self) -> None:
-        """Give the layer back the processor that it had, unless somebody has given it another one since."""
-        if self._layer.processor is self:
-            self._layer.set_processor(self._inner)
+    def _processed(self, site: Site, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        """In place of a layer's processor: the one that it had, its attention call taken over."""
+        with _Taken(self, site) as taken:
+            out = inner(*args, **kwargs)
+        if taken.calls != 1:
+            raise HostError(
+                f"at {site.name} {type(inner).__name__} called PyTorch's attention {taken.calls} times instead of "
+                "once: use the attention backend 'native', and no IP-Adapter"
+            )
+        return out
 
 
 class _Taken(TorchFunctionMode):

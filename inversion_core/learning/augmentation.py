@@ -121,11 +121,16 @@ def _similarity(rng: np.random.Generator, scale: tuple[float, float], shift: flo
     return torch.tensor([[[cos, -sin, dx], [sin, cos, dy]]], dtype=torch.float32)
 
 
+def _covered(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows and the columns, in order, in which there is something of the object."""
+    inside = mask[0] > 0.5
+    return torch.nonzero(inside.any(1)).flatten(), torch.nonzero(inside.any(0)).flatten()
+
+
 def _framing(mask: Tensor) -> tuple[float, Tensor]:
     """How much larger the object must become to fill `FILLED` of the frame, and its middle (x, y) in [-1, 1]."""
     _, height, width = mask.shape
-    inside = mask[0] > 0.5
-    rows, columns = (torch.nonzero(inside.any(dim)).flatten() for dim in (1, 0))
+    rows, columns = _covered(mask)
     ends = [(float(found[0]) / size, float(found[-1] + 1) / size) for found, size in ((columns, width), (rows, height))]
     extent = max(high - low for low, high in ends)
     middle = torch.tensor([low + high - 1 for low, high in ends])
@@ -159,8 +164,7 @@ def _tiled(picture: Tensor, mask: Tensor, rng: np.random.Generator) -> Tensor:
     """A whole frame (3, H, W) of one square from inside the mask, flipped and turned at random and mirrored on and on:
     the surface keeps its scale and its edges, and says nothing of where it lay."""
     _, height, width = picture.shape
-    inside = mask[0] > 0.5
-    rows, columns = (torch.nonzero(inside.any(dim)).flatten() for dim in (1, 0))
+    rows, columns = _covered(mask)
     if rows.numel() == 0:
         return picture
     extent = min(int(rows[-1] - rows[0]), int(columns[-1] - columns[0])) + 1

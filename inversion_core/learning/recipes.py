@@ -7,6 +7,7 @@ from typing import Literal
 
 from .inversion import Kind
 from .model import LearningError
+from .plan import Plan
 from .trainer import Stage
 
 Quality = Literal["fast", "balanced", "thorough"]
@@ -64,3 +65,29 @@ def stages(kind: Kind, steps: int, batch: int, objective: str = "attention") -> 
     if first == 0:
         return (both,)
     return (Stage("token", first, {"token": TOKEN_RATE}, wanted, batch, levels=levels), both)
+
+
+def plan_of(
+    kind: Kind,
+    name: str,
+    class_word: str,
+    steps: int,
+    quality: Quality = "balanced",
+    *,
+    objective: str = "attention",
+    seed: int = 0,
+    beside: str = "",
+) -> Plan:
+    """What somebody's settings ask for; see `Plan` and `stages`, which raise LearningError where they make no sense."""
+    spent = SPENDING[quality]
+    return Plan(
+        kind=kind,
+        name=name,
+        class_word=class_word,
+        stages=stages(kind, steps, spent.batch, objective),
+        vectors=spent.vectors,
+        rank=spent.rank,
+        variants=spent.variants,
+        seed=seed,
+        beside=beside,
+    )

@@ -179,8 +179,12 @@ def test_progress_is_reported_and_a_run_can_be_interrupted(tmp_path: Path) -> No
         with pytest.raises(ExecutionInterrupted, match="node 8"):
             client.wait(endless)
 
-    # Each once and in order. Newer versions leave out some of what comes fast, and the last may come after the result.
-    assert seen and seen == [told for step in (1, 2, 3, 4, 5) if (told := Progress("7", step, 5)) in seen]
+    every = [Progress("7", step, 5) for step in (1, 2, 3, 4, 5)]
+    if os.environ.get("COMFYUI_PATH"):
+        # Newer versions leave out some of what comes fast: each once and in order.
+        assert seen and seen == [told for told in every if told in seen]
+    else:
+        assert seen == every
     assert outputs == {"7": {"steps": [5]}}
     assert time.monotonic() - start < 30
 

@@ -26,7 +26,7 @@ from inversion_core.hosts.comfy_inversion import apply_inversion
 from inversion_core.hosts.diffusers_loading import load_pipeline
 from inversion_core.learning.files import load_inversion
 from inversion_core.learning.model import LearningError
-from inversion_core.learning.recipes import Spending
+from inversion_core.learning.recipes import SPENDING, Spending
 from inversion_core.learning.trainer import Progress
 
 from .text_models import whole_twins
@@ -43,7 +43,7 @@ def outside_of_inference_mode() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(command.SPENDING, "fast", Spending(batch=2, rank=2, vectors=1, variants=3))
+    monkeypatch.setitem(SPENDING, "fast", Spending(batch=2, rank=2, vectors=1, variants=3))
     for name in command.LAUNCHED:
         monkeypatch.delenv(name, raising=False)
 
