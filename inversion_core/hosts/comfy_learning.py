@@ -22,14 +22,13 @@ from comfy.ldm.modules.attention import BasicTransformerBlock, attention_pytorch
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from torch import Tensor, nn
 
-from ..learning.model import Attention, Conditioning, Prediction, Schedule
+from ..learning.model import FEED_FORWARD, PROJECTIONS, Attention, Conditioning, Prediction, Schedule
 from .base import HostError
 from .checkpointing import checkpointed
 from .comfy_inversion import Vectors, family_of, placing_tokenizer, text_tokenizers
 
 Part = Literal["encoder", "middle", "decoder"]
 PARTS: dict[str, Part] = {"input_blocks": "encoder", "middle_block": "middle", "output_blocks": "decoder"}
-PROJECTIONS = ("to_q", "to_k", "to_v")
 ACTIVATIONS = 3.0
 """Memory of a pass with gradients, as a multiple of what ComfyUI reckons for one without."""
 
@@ -137,9 +136,18 @@ class ComfyLearningModel:
                 if module is None:
                     continue
                 reads_itself = block.switch_temporal_ca_to_sa if name == "attn2" else not block.disable_self_attn
-                layers = {projection: getattr(module, projection) for projection in PROJECTIONS}
+                layers = {projection: module.get_submodule(projection) for projection in PROJECTIONS}
                 found[f"{path}.{name}"] = Attention("self" if reads_itself else "cross", part, module.heads, layers)
         return found
+
+    def feed_forwards(self) -> dict[str, nn.Module]:
+        """The linear layers behind the attentions by their paths in the UNet."""
+        return {
+            f"{path}.ff.{part}": block.ff.get_submodule(part)
+            for path, block in self._base.diffusion_model.named_modules()
+            if isinstance(block, BasicTransformerBlock)
+            for part in FEED_FORWARD
+        }
 
     @torch.no_grad()
     def words(self, text: str) -> dict[str, Tensor]:

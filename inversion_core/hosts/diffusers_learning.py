@@ -26,14 +26,15 @@ from torch import Tensor, nn
 
 from ..fingerprint import digest, weights_fingerprint
 from ..learning.inversion import Inversion
-from ..learning.model import Attention, Conditioning, Prediction, Schedule
+from ..learning.model import FEED_FORWARD, PROJECTIONS, Attention, Conditioning, Prediction, Schedule
+from ..learning.offset import EVERYWHERE
+from ..sites import Site
 from .base import HostError
 from .checkpointing import checkpointed
 from .diffusers import places_of, unet_of
 
 __all__ = ["DiffusersLearningModel", "family_of", "fingerprint", "learning_model"]
 
-PROJECTIONS = ("to_q", "to_k", "to_v")
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v"}
 ENCODERS = {
     "SD1.x": {"clip_l": ("tokenizer", "text_encoder")},
@@ -100,11 +101,7 @@ def learning_model(pipe: Any, inversions: Sequence[Inversion] = ()) -> Iterator[
             stack.enter_context(_frozen(module))
         for encoder in opened.encoders.values():
             stack.callback(encoder.table.register_forward_hook(encoder.place).remove)
-        layers = {
-            f"{name}.{part}": layer
-            for name, one in opened.attentions().items()
-            for part, layer in one.projections.items()
-        }
+        layers = EVERYWHERE.layers(opened)
         for one in inversions:
             one.require_family(opened.family)
             for handle in _changed(layers, one, opened.device):
@@ -145,7 +142,7 @@ class DiffusersLearningModel:
 
     def _found(self) -> Iterator[tuple[str, Attention]]:
         for site, _, _, block in places_of(self._unet):
-            at = "middle_block.1" if site.part == "middle" else f"{site.part}_blocks.{site.number}.1"
+            at = _path(site)
             part = {"input": "encoder", "middle": "middle", "output": "decoder"}[site.part]
             for name, kind in (("attn1", "self"), ("attn2", "cross")):
                 module: Any = getattr(block, name)
@@ -153,9 +150,16 @@ class DiffusersLearningModel:
                     continue
                 if getattr(module, "fused_projections", False):
                     raise HostError("the UNet's projections are fused: call pipe.unet.unfuse_qkv_projections() first")
-                layers = {projection: getattr(module, projection) for projection in PROJECTIONS}
-                path = f"{at}.transformer_blocks.{site.index}.{name}"
-                yield path, Attention(kind, part, module.heads, layers)  # pyright: ignore[reportArgumentType]
+                layers = {projection: module.get_submodule(projection) for projection in PROJECTIONS}
+                yield f"{at}.{name}", Attention(kind, part, module.heads, layers)  # pyright: ignore[reportArgumentType]
+
+    def feed_forwards(self) -> dict[str, nn.Module]:
+        """The linear layers behind the attentions by their paths in ComfyUI's UNet."""
+        return {
+            f"{_path(site)}.ff.{part}": block.ff.get_submodule(part)
+            for site, _, _, block in places_of(self._unet)
+            for part in FEED_FORWARD
+        }
 
     @torch.no_grad()
     def words(self, text: str) -> dict[str, Tensor]:
@@ -315,6 +319,12 @@ def _frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
         for one, mode in modes:
             one.training = mode
+
+
+def _path(site: Site) -> str:
+    """A transformer block's in ComfyUI's UNet."""
+    at = "middle_block.1" if site.part == "middle" else f"{site.part}_blocks.{site.number}.1"
+    return f"{at}.transformer_blocks.{site.index}"
 
 
 def _changed(layers: Mapping[str, nn.Module], inversion: Inversion, device: torch.device) -> Iterator[Any]:

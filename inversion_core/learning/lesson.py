@@ -49,7 +49,7 @@ class InversionLesson:
         self._guides = guides or Guides()
         self._attentions = model.attentions()
         sites = plan.sites or (SHAPE_SITES if plan.kind == "shape" else APPEARANCE_SITES)
-        self._layers = sites.layers(self._attentions)
+        self._layers = sites.layers(model)
         sizes = {name: _size(layer) for name, layer in self._layers.items()}
         self.offset = Offset(sizes, plan.rank, plan.seed).to(model.device)
         self.token = Token(plan.name, model.words(plan.class_word), plan.vectors)
@@ -212,13 +212,16 @@ class InversionLesson:
         }
 
     def _watched(self, wanted: Mapping[str, float]) -> dict[str, nn.Module]:
-        kinds = {"attention_on_mask": "cross", "attention_distillation": "self"}
+        watched = {
+            "attention_on_mask": ("cross", ("to_q", "to_k")),
+            "attention_distillation": ("self", ("to_q", "to_k", "to_v")),
+        }
         return {
-            f"{name}.{part}": layer
-            for objective, kind in kinds.items()
+            f"{name}.{part}": site.projections[part]
+            for objective, (kind, parts) in watched.items()
             if objective in wanted
             for name, site in self._sites(kind).items()
-            for part, layer in site.projections.items()
+            for part in parts
         }
 
     @property

@@ -14,6 +14,12 @@ Prediction = Literal["eps", "v", "flow"]
 """What the model's output means: the noise, the velocity of DDPM's v-prediction, or flow matching's velocity."""
 
 
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+"""Of an attention, in the words of ComfyUI and diffusers alike."""
+FEED_FORWARD = ("net.0.proj", "net.2")
+"""The linear layers behind a block's attentions, in the same words."""
+
+
 class LearningError(RuntimeError):
     """Learning cannot begin or go on; the message says why and what to do."""
 
@@ -33,7 +39,7 @@ class Attention:
         kind: "self" reads the picture's own tokens, "cross" the prompt's.
         part: where in the model it sits.
         heads: number of heads.
-        projections: "to_q", "to_k", "to_v" -> the linear layers, which are called and never read.
+        projections: `PROJECTIONS` -> the linear layers, which are called and never read.
     """
 
     kind: Literal["self", "cross"]
@@ -75,6 +81,10 @@ class LearningModel(Protocol):
 
     def attentions(self) -> Mapping[str, Attention]:
         """Name -> attention. ``<name>.to_k`` is a projection's name in files, in ComfyUI's words."""
+        ...
+
+    def feed_forwards(self) -> Mapping[str, nn.Module]:
+        """Name in files -> linear layer, such as ``<block>.ff.net.2``, of what follows the attentions of a block."""
         ...
 
     def words(self, text: str) -> dict[str, Tensor]:

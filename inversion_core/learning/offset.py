@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .model import Attention, LearningError
+from .model import PROJECTIONS, LearningError, LearningModel
 
-Kind = Literal["self", "cross"]
+Kind = Literal["self", "cross", "feed_forward"]
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Sites:
     """Where an offset goes.
 
     Attributes:
-        kinds: of attention.
-        projections: of each: "to_q", "to_k", "to_v".
-        within: beginnings of the attentions' names, such as ``output_blocks.0.1.`` of SDXL, B-LoRA's block of content
+        kinds: of attention, and the feed-forward layers behind them.
+        projections: of each attention: "to_q", "to_k", "to_v", "to_out.0".
+        within: beginnings of the layers' names, such as ``output_blocks.0.1.`` of SDXL, B-LoRA's block of content
             (arXiv 2403.14572); all without it.
     """
 
@@ -32,32 +32,36 @@ class Sites:
     projections: tuple[str, ...] = ("to_k", "to_v")
     within: tuple[str, ...] = ("",)
 
-    def layers(self, attentions: Mapping[str, Attention]) -> dict[str, nn.Module]:
-        """The chosen linear layers: ``<attention>.<projection>`` -> layer.
+    def layers(self, model: LearningModel) -> dict[str, nn.Module]:
+        """The chosen linear layers by their names in files, such as ``<attention>.<projection>``.
 
         Raises:
             LearningError: nothing is left.
         """
+        attentions = model.attentions()
         chosen = {
             f"{name}.{projection}": attention.projections[projection]
             for name, attention in attentions.items()
             if attention.kind in self.kinds and name.startswith(self.within)
             for projection in self.projections
         }
+        if "feed_forward" in self.kinds:
+            chosen |= {name: one for name, one in model.feed_forwards().items() if name.startswith(self.within)}
         if not chosen:
             raise LearningError(
-                f"no attention of kind {' or '.join(self.kinds)} lies within {', '.join(self.within)}: "
-                f"the model has {', '.join(sorted(attentions)) or 'none'}"
+                f"nothing of kind {' or '.join(self.kinds)} lies within {', '.join(self.within)}: "
+                f"the model has the attentions {', '.join(sorted(attentions)) or 'none'}"
             )
         return chosen
 
 
-SHAPE_SITES = Sites(("self", "cross"), ("to_q", "to_k", "to_v"))
+EVERYWHERE = Sites(("self", "cross", "feed_forward"), PROJECTIONS)
+SHAPE_SITES = EVERYWHERE
 APPEARANCE_SITES = Sites(("self",))
 
 
 class LowRank(nn.Module):
-    """``scale * up(down(x))``, zero at the start."""
+    """``up(down(x))`` beside a layer, zero at the start."""
 
     def __init__(self, inputs: int, outputs: int, rank: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -65,8 +69,11 @@ class LowRank(nn.Module):
         self.down = nn.Parameter((torch.rand(rank, inputs, generator=generator) * 2 - 1) * bound)
         self.up = nn.Parameter(torch.zeros(outputs, rank))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+    def added(self, output: Tensor, x: Tensor) -> Tensor:
+        """``output (..., out) + up(down(x))`` in one pass over the output, which may be the widest of the model."""
+        low = F.linear(x, self.down.to(x.dtype)).to(output.dtype)
+        total = torch.addmm(output.flatten(0, -2), low.flatten(0, -2), self.up.to(output.dtype).T)
+        return total.view(output.shape)
 
 
 class Offset(nn.Module):
@@ -108,7 +115,7 @@ class Offset(nn.Module):
 
 def _adding(change: LowRank) -> Any:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + change(inputs[0]).to(output.dtype)
+        return change.added(output, inputs[0])
 
     return hook
 

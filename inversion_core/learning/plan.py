@@ -38,8 +38,7 @@ class Plan:
         seed: of everything random.
         beside: words that stand for what the pictures also show and another, frozen, inversion explains, such as
             ``<chair>``; half of an appearance's variants then keep their geometry, and their prompts name it.
-        sites: where the offset goes; None: the keys and values of all attention for a shape, of self-attention for an
-            appearance.
+        sites: where the offset goes; None: `offset.SHAPE_SITES` or `offset.APPEARANCE_SITES`.
     """
 
     kind: Kind

@@ -337,13 +337,15 @@ def test_places_are_where_the_vectors_stand(model: Any, clip: Any) -> None:
 
 def test_attentions_are_those_of_the_unet() -> None:
     with learning_model(sdxl_patcher(), sdxl_clip(), LATENT) as opened:
-        found = opened.attentions()
+        found, behind = opened.attentions(), opened.feed_forwards()
     modules = dict(opened._base.diffusion_model.named_modules())
     assert {name for name in modules if name.endswith(("attn1", "attn2"))} == set(found)
     for name, site in found.items():
         assert site.kind == ("self" if name.endswith("attn1") else "cross")
         assert site.part == {"i": "encoder", "m": "middle", "o": "decoder"}[name[0]]
-        assert site.projections["to_k"] is modules[f"{name}.to_k"]
+        assert all(layer is modules[f"{name}.{part}"] for part, layer in site.projections.items())
+    assert behind == {name: modules[name] for name in modules if name.endswith((".ff.net.0.proj", ".ff.net.2"))}
+    assert len(behind) == len(found)
 
 
 @MODELS

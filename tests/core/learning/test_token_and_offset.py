@@ -149,13 +149,14 @@ def test_the_rank_is_no_larger_than_the_layer() -> None:
         (Sites(("cross",)), {"block.attn2.to_k": (WORD, WIDTH), "block.attn2.to_v": (WORD, WIDTH)}),
         (Sites(("self",), ("to_q",)), {"block.attn1.to_q": (WIDTH, WIDTH)}),
         (Sites(("self", "cross"), ("to_k",), ("block.attn1",)), {"block.attn1.to_k": (WIDTH, WIDTH)}),
+        (Sites(("feed_forward",)), {"block.ff.net.2": (WIDTH, WIDTH)}),
     ],
 )
 def test_sites_choose_layers(sites: Sites, expected: dict) -> None:
-    found = sites.layers(ToyModel().attentions())
+    found = sites.layers(ToyModel())
     assert {name: (layer.in_features, layer.out_features) for name, layer in found.items()} == expected
 
 
 def test_sites_that_choose_nothing_say_what_there_is() -> None:
     with pytest.raises(LearningError, match=r"output_blocks.*block\.attn1, block\.attn2"):
-        Sites(("self",), within=("output_blocks",)).layers(ToyModel().attentions())
+        Sites(("self",), within=("output_blocks",)).layers(ToyModel())

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inversion_core.learning.model import Attention, Conditioning, Prediction, Schedule
+from inversion_core.learning.model import PROJECTIONS, Attention, Conditioning, Prediction, Schedule
 
 CHANNELS, WIDTH, WORD = 4, 16, 8
 LENGTH = 6
@@ -19,16 +19,18 @@ class ToyAttention(nn.Module):
         self.to_q = nn.Linear(WIDTH, WIDTH, bias=False)
         self.to_k = nn.Linear(context, WIDTH, bias=False)
         self.to_v = nn.Linear(context, WIDTH, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(WIDTH, WIDTH))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         q, k, v = (
             y.unflatten(2, (2, -1)).transpose(1, 2) for y in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class ToyModel(nn.Module):
-    """A `LearningModel` with one self- and one cross-attention; every prompt has `LENGTH` places."""
+    """A `LearningModel` of one block: self- and cross-attention and a feed-forward layer; every prompt has `LENGTH`
+    places."""
 
     family = "toy"
     checkpointing: Callable[[], AbstractContextManager[None]] | None = None
@@ -39,6 +41,7 @@ class ToyModel(nn.Module):
         self.prediction: Prediction = prediction
         self.into, self.out = nn.Linear(CHANNELS + 1, WIDTH), nn.Linear(WIDTH, CHANNELS)
         self.attn1, self.attn2 = ToyAttention(WIDTH), ToyAttention(WORD)
+        self.ff = nn.Linear(WIDTH, WIDTH)
         self.table = nn.Embedding(16, WORD)
         self.requires_grad_(False)
 
@@ -48,12 +51,15 @@ class ToyModel(nn.Module):
 
     def attentions(self) -> dict[str, Attention]:
         def layers(module: nn.Module) -> dict[str, nn.Module]:
-            return {name: getattr(module, name) for name in ("to_q", "to_k", "to_v")}
+            return {name: module.get_submodule(name) for name in PROJECTIONS}
 
         return {
             "block.attn1": Attention("self", "decoder", 2, layers(self.attn1)),
             "block.attn2": Attention("cross", "decoder", 2, layers(self.attn2)),
         }
+
+    def feed_forwards(self) -> dict[str, nn.Module]:
+        return {"block.ff.net.2": self.ff}
 
     def words(self, text: str) -> dict[str, Tensor]:
         return {"toy": torch.stack([self._word(word) for word in text.split()]) if text else torch.zeros(0, WORD)}
@@ -89,6 +95,7 @@ class ToyModel(nn.Module):
         x = self.into(torch.cat([tokens, level[:, None, None].expand(-1, tokens.shape[1], 1)], dim=2))
         x = x + self.attn1(x, x)
         x = x + self.attn2(x, conditioning.context)
+        x = x + self.ff(F.gelu(x))
         return self.out(x).transpose(1, 2).unflatten(2, (height, width))
 
 
