@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 from ..inversion_core.hosts.comfy_inversion import apply_inversion
 from ..inversion_core.learning.files import load_inversion
 from ..inversion_core.learning.plan import Plan
-from ..inversion_core.learning.recipes import APPEARANCE_OBJECTIVES, Quality
+from ..inversion_core.learning.recipes import APPEARANCE_OBJECTIVES, SITES, Quality
 from .folders import INVERSIONS
 from .inversion_files import save
 from .newer import found_by, rarely_changed
@@ -52,6 +52,33 @@ def _inputs(of: str, name: str, class_word: str, *, sockets: Sequence = (), sett
         ),
         io.Combo.Input("quality", options=list(get_args(Quality)), default="balanced", tooltip=_QUALITY),
         *settings,
+        io.Combo.Input(
+            "sites",
+            options=list(SITES),
+            default="default",
+            **rarely_changed(),
+            tooltip="Which layers the offset changes. default: what was measured best for this node. B-LoRA: one "
+            "block, of SDXL alone.",
+        ),
+        io.Int.Input(
+            "rank",
+            default=0,
+            min=0,
+            max=256,
+            **rarely_changed(),
+            tooltip="Of the offset. 0: as quality says. More can hold more, and makes larger files.",
+        ),
+        io.Float.Input(
+            "learning_rate",
+            default=0.0,
+            min=0.0,
+            max=0.1,
+            step=0.0001,
+            round=False,
+            **rarely_changed(),
+            tooltip="Of the offset, at its highest: around 0.002. 0: the default of this node. Halve it if prompts are "
+            "no longer obeyed.",
+        ),
         fixed_seed("seed", "Of noise, variants and the offset's beginning.", **rarely_changed()),
         io.Int.Input(
             "size",
@@ -94,7 +121,7 @@ class ShapeInversion(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Learns the shape of an object from one to five pictures, free of its colours and textures: a word for "
-                "prompts and a small change of attention. The model itself is not changed."
+                "prompts and a small change of the model's layers. The model itself is not changed."
             ),
             inputs=_inputs("object", "my-shape", "shape"),
             outputs=_outputs(),

@@ -11,7 +11,7 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -50,6 +50,9 @@ def main() -> None:
     parser.add_argument("--concepts", type=int, default=8, help="of each kind")
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"some of {', '.join(KINDS)}, by commas")
     parser.add_argument("--methods", help="names by commas (default: all)")
+    parser.add_argument(
+        "--fewer", nargs="+", default=[], metavar="METHOD=CONCEPTS", help="methods for the first concepts only"
+    )
     parser.add_argument("--steps", type=int, default=200, help="of learning, the same for every method")
     parser.add_argument("--prompts", type=int, default=12, help="pictures for each concept")
     parser.add_argument("--tuning", action="store_true", help="the tuning concepts: values may be chosen on them")
@@ -64,6 +67,7 @@ def main() -> None:
             kinds,
             options.methods,
             options.concepts,
+            fewest(options.fewer),
             lambda found: options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8"),
         )
     from .tables import tables, write_tables
@@ -98,20 +102,28 @@ class Bench:
         kinds: list[str],
         names: str | None,
         number: int,
+        most: Mapping[str, int] | None = None,
         save: Callable[[dict[str, Any]], object] = lambda _: None,
     ) -> dict[str, Any]:
-        """All figures asked for: kind -> method -> mean of each figure; saved after each round of concepts."""
+        """All figures asked for: kind -> method -> mean of each figure; saved after each round of concepts.
+
+        Args:
+            names: of methods, by commas; None: all.
+            number: of concepts of each kind.
+            most: by method, how many of them it is for, where that is less.
+        """
         from .joint import WAYS
         from .methods import METHODS, chosen
 
-        methods = list(METHODS if names is None else chosen([name.strip() for name in names.split(",")]))
+        methods = chosen(list(METHODS) if names is None else [name.strip() for name in names.split(",")])
         pairs = [name for name in PAIRED if name in methods]
         figures: dict[str, Any] = {}
         for done in range(1, number + 1):
             figures = {"steps": self.steps, "prompts": self.prompts, "concepts": done}
             for kind in kinds:
-                which = {"both": pairs, "joint": WAYS}.get(kind, methods)
-                rows = {name: self._rows(kind, name, done) for name in which}
+                alone = [name for name, method in methods.items() if kind in method.kinds]
+                which = {"both": pairs, "joint": WAYS}.get(kind, alone)
+                rows = {name: self._rows(kind, name, min(done, (most or {}).get(name, done))) for name in which}
                 figures[kind] = {name: _mean(some) for name, some in rows.items()}
             save(figures)
         return figures
@@ -241,7 +253,21 @@ class Bench:
 
 
 def _mean(rows: list[Figures]) -> Figures:
-    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+    return {"concepts": len(rows), **{key: float(np.mean([row[key] for row in rows])) for key in rows[0]}}
+
+
+def fewest(asked: list[str]) -> dict[str, int]:
+    """By method, how many concepts it is for at most, from ``METHOD=CONCEPTS``."""
+    from .joint import WAYS
+    from .methods import METHODS
+
+    found = {}
+    for one in asked:
+        name, _, count = one.rpartition("=")
+        if name not in (*METHODS, *WAYS) or not count.isdigit() or int(count) < 1:
+            raise SystemExit(f"--fewer: {one!r} is no METHOD=CONCEPTS with one of {', '.join((*METHODS, *WAYS))}")
+        found[name] = int(count)
+    return found
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 from demo import world
 from inversion_core.learning.inversion import Kind
 
-FIRST_SEED = 410_000
+FIRST_SEED = 420_000
 """Judged concepts. Disjoint from training (a million and up), the other benchmarks and the tuning concepts."""
 TUNING_SEED = 60_000
 """Concepts that values may be chosen on."""

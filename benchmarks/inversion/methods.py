@@ -16,8 +16,8 @@ from inversion_core.learning.inversion import Inversion, Kind
 from inversion_core.learning.learn import learn
 from inversion_core.learning.lesson import InversionLesson
 from inversion_core.learning.material import Material, prepare
-from inversion_core.learning.model import LearningModel
-from inversion_core.learning.offset import Sites
+from inversion_core.learning.model import PROJECTIONS, LearningModel
+from inversion_core.learning.offset import EVERYWHERE, Sites
 from inversion_core.learning.plan import Plan
 from inversion_core.learning.recipes import APPEARANCE_OBJECTIVES, OFFSET_RATE, TOKEN_RATE, plan_of
 from inversion_core.learning.trainer import Stage, train
@@ -30,7 +30,7 @@ RARE_WORD = "sks"
 FULL_RATE = 1e-4
 DREAMBOOTH_RATE = 4e-3
 """Neither was tuned."""
-EVERYWHERE = Sites(("self", "cross"), ("to_q", "to_k", "to_v"))
+QKV = ("to_q", "to_k", "to_v")
 TEMPLATES: dict[Kind, tuple[str, ...]] = {"shape": ("a {token}",), "appearance": ("a {token} shape",)}
 """Prompts of methods that see the picture itself and are told nothing about it."""
 
@@ -52,11 +52,13 @@ class Method:
         plan: kind and steps -> what is learned and how.
         augmented: whether it sees the plan's variants, or only the picture itself, all of it, with `TEMPLATES`.
         whole: all weights of the denoiser are learned besides the token; the plan's offset is not.
+        kinds: what it is a method for.
     """
 
     plan: Callable[[Kind, int], Plan]
     augmented: bool = True
     whole: bool = False
+    kinds: tuple[Kind, ...] = ("shape", "appearance")
 
 
 def ours(kind: Kind, steps: int) -> Plan:
@@ -100,7 +102,7 @@ def _dreambooth_lora(kind: Kind, steps: int) -> Plan:
     """Ruiz et al., arXiv 2208.12242, with a LoRA: a rare word that stays as it is, all attention learns."""
     found = ours(kind, steps)
     stage = Stage("offset", steps, {"offset": DREAMBOOTH_RATE}, {"diffusion": 1.0}, found.stages[0].batch)
-    return replace(found, class_word=RARE_WORD, stages=(stage,), sites=EVERYWHERE)
+    return replace(found, class_word=RARE_WORD, stages=(stage,), sites=Sites(("self", "cross"), PROJECTIONS))
 
 
 def _whole(kind: Kind, steps: int) -> Plan:
@@ -117,15 +119,15 @@ METHODS: dict[str, Method] = {
     "ours, token alone": Method(_only("token")),
     "ours, offset alone": Method(_only("offset")),
     "ours, picture not varied": Method(ours, augmented=False),
-    "ours, offset on self-attention": Method(_sites(("self",))),
-    "ours, offset on cross-attention": Method(_sites(("cross",))),
-    "ours, offset on keys and values": Method(_sites(("self", "cross"))),
-    "ours, offset on everything": Method(_sites(("self", "cross"), ("to_q", "to_k", "to_v"))),
+    "ours, offset on keys and values of cross-attention": Method(_sites(("cross",)), kinds=("shape",)),
+    "ours, offset on all attention": Method(_sites(("self", "cross"), QKV), kinds=("shape",)),
+    "ours, offset everywhere": Method(_sites(EVERYWHERE.kinds, EVERYWHERE.projections), kinds=("appearance",)),
     "ours, diffusion loss alone": Method(_objectives({"diffusion": 1.0})),
-    "ours, min-SNR": Method(_objectives({"min_snr": 1.0})),
-    "ours, moments": Method(_objectives(APPEARANCE_OBJECTIVES["moments"])),
-    "ours, attention distillation": Method(_objectives(APPEARANCE_OBJECTIVES["attention"])),
-    "ours, attention distillation alone": Method(_objectives({"attention_distillation": 1.0})),
+    "ours, min-SNR alone": Method(_objectives({"min_snr": 1.0})),
+    "ours, attention on mask alone": Method(_objectives({"attention_on_mask": 1.0}), kinds=("shape",)),
+    "ours, attention distillation alone": Method(_objectives({"attention_distillation": 1.0}), kinds=("appearance",)),
+    "ours, moments alone": Method(_objectives({"moments": 1.0}), kinds=("appearance",)),
+    "ours, diffusion loss and moments": Method(_objectives(APPEARANCE_OBJECTIVES["moments"]), kinds=("appearance",)),
 }
 
 

@@ -6,10 +6,29 @@ from pathlib import Path
 from typing import Any
 
 COLUMNS = {
-    "shape": ("shape_present", "prompt_obeyed", "colour", "texture", "background", "seconds_per_step", "steps"),
-    "appearance": ("appearance", "shape_obeyed", "colour", "texture", "background", "seconds_per_step", "steps"),
-    "both": ("appearance", "shape_obeyed", "colour", "texture", "background"),
+    "shape": (
+        "concepts",
+        "shape_present",
+        "prompt_obeyed",
+        "colour",
+        "texture",
+        "background",
+        "seconds_per_step",
+        "steps",
+    ),
+    "appearance": (
+        "concepts",
+        "appearance",
+        "shape_obeyed",
+        "colour",
+        "texture",
+        "background",
+        "seconds_per_step",
+        "steps",
+    ),
+    "both": ("concepts", "appearance", "shape_obeyed", "colour", "texture", "background"),
     "joint": (
+        "concepts",
         "shape_present",
         "prompt_obeyed",
         "appearance",
@@ -18,6 +37,7 @@ COLUMNS = {
         "both_shape_obeyed",
     ),
 }
+WHOLE = ("concepts", "steps")
 
 
 def tables(figures: dict[str, Any]) -> dict[str, str]:
@@ -42,7 +62,7 @@ def write_table(name: str, table: str, page: Path) -> None:
 def _table(kind: str, methods: dict[str, dict[str, float]]) -> str:
     head = [kind, *COLUMNS[kind]]
     body = [
-        [name, *(f"{row[key]:.0f}" if key == "steps" else f"{row[key]:.2f}" for key in COLUMNS[kind])]
+        [name, *(f"{row[key]:.0f}" if key in WHOLE else f"{row[key]:.2f}" for key in COLUMNS[kind])]
         for name, row in methods.items()
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body))

@@ -34,7 +34,7 @@ from ..learning.material import digest_of, prepare, require_pictures
 from ..learning.model import LearningError
 from ..learning.plan import Plan
 from ..learning.proposal import propose_masks
-from ..learning.recipes import APPEARANCE_OBJECTIVES, NEED_FEATURES, Quality, plan_of, stages
+from ..learning.recipes import APPEARANCE_OBJECTIVES, NEED_FEATURES, SITES, Quality, plan_of, stages
 from ..learning.token import name_of
 from ..learning.trainer import Progress
 from .concepts import Concept, concepts_of, read, write_mask
@@ -118,6 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--quality", choices=get_args(Quality), default="balanced", help="what is spent on a step (default: balanced)")
     objectives = [name for name in APPEARANCE_OBJECTIVES if name not in NEED_FEATURES]
     add("--objective", choices=objectives, default="attention", help="for an appearance (default: attention)")
+    add("--sites", choices=SITES, default="default", help="which layers the offset changes")
+    add("--rank", type=int, default=0, help="of the offset (default: as --quality says)")
+    add("--learning-rate", type=float, default=0.0, help="of the offset at its highest (default: the kind's own)")
     add("--whole", action="store_true", help="learn from whole pictures: propose no masks")
     add("--size", type=int, help="largest side of a training picture (default: the family's, 512 to 1024)")
     add("--seed", type=int, default=0, help="of everything random (default: 0)")
@@ -139,7 +142,9 @@ def _concepts(options: argparse.Namespace) -> list[Concept]:
         told: dict[str, Any] = {name: getattr(options, name) for name in ("kind", "token", "class_word", "shape")}
         found = [Concept(folder, **told) for folder in options.pictures]
     for one in found:
-        stages(one.kind, options.steps, 1, options.objective)  # says what is wrong before the model is loaded
+        stages(
+            one.kind, options.steps, 1, options.objective, options.learning_rate
+        )  # says what is wrong before the model is loaded
     names = [one.written.strip("<> ") for one in found]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -216,6 +221,9 @@ def _plan(
         objective=options.objective,
         seed=options.seed,
         beside=" ".join(f"<{one.name}>" for one in shapes),
+        sites=options.sites,
+        rank=options.rank,
+        learning_rate=options.learning_rate,
     )
 
 

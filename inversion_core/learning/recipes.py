@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from .inversion import Kind
-from .model import LearningError
+from .model import PROJECTIONS, LearningError
+from .offset import EVERYWHERE, Sites
 from .plan import Plan
 from .trainer import Stage
 
 Quality = Literal["fast", "balanced", "thorough"]
 
 TOKEN_RATE = 1e-2
-OFFSET_RATE: dict[Kind, float] = {"shape": 6e-3, "appearance": 2e-3}
+OFFSET_RATE: dict[Kind, float] = {"shape": 4e-3, "appearance": 2e-3}
 LEVELS: dict[Kind, tuple[float, float]] = {"shape": (0.4, 1.0), "appearance": (0.0, 0.8)}
 """An outline is decided while there is much noise: below, a shape's lesson would learn the paint of its variants, and
 above, an appearance's their outlines."""
@@ -27,6 +28,20 @@ APPEARANCE_OBJECTIVES: dict[str, dict[str, float]] = {
 """What an appearance is learned by: the diffusion loss, and beside it what the name says."""
 NEED_FEATURES = ("features", "token_mse")
 """Those of them that need a feature extractor."""
+
+SITES: dict[str, dict[Kind, Sites | None]] = {
+    "default": {"shape": None, "appearance": None},
+    "everything": dict.fromkeys(get_args(Kind), EVERYWHERE),
+    "all attention": dict.fromkeys(get_args(Kind), Sites(("self", "cross"), ("to_q", "to_k", "to_v"))),
+    "self-attention": dict.fromkeys(get_args(Kind), Sites(("self",))),
+    "cross-attention": dict.fromkeys(get_args(Kind), Sites(("cross",))),
+    "B-LoRA (SDXL)": {
+        "shape": Sites(("self", "cross"), PROJECTIONS, ("output_blocks.0.1.",)),
+        "appearance": Sites(("self", "cross"), PROJECTIONS, ("output_blocks.1.1.",)),
+    },
+}
+"""Where an offset may go, by name; those of one kind of attention are its keys and values. B-LoRA: content and style in
+one block of SDXL each (Frenkel et al., arXiv 2403.14572)."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +61,26 @@ SPENDING: dict[Quality, Spending] = {
 }
 
 
-def stages(kind: Kind, steps: int, batch: int, objective: str = "attention") -> tuple[Stage, ...]:
+def stages(
+    kind: Kind, steps: int, batch: int, objective: str = "attention", learning_rate: float = 0.0
+) -> tuple[Stage, ...]:
     """For a shape token and offset together: no word says a new outline. For an appearance the token alone first, for a
     tenth of the steps, so that it says what a word can.
 
     Args:
         objective: for an appearance, one of `APPEARANCE_OBJECTIVES`.
+        learning_rate: of the offset; 0: `OFFSET_RATE`.
     """
     if steps < 1:
         raise LearningError(f"{steps} steps were asked for, but learning needs at least 1")
+    if learning_rate < 0:
+        raise LearningError(f"the learning rate is {learning_rate}, but it must be above 0, or 0 for the default")
     if objective not in APPEARANCE_OBJECTIVES:
         raise LearningError(f"unknown objective {objective!r}: known are {', '.join(APPEARANCE_OBJECTIVES)}")
     wanted = {"diffusion": 1.0, "attention_on_mask": 0.01} if kind == "shape" else APPEARANCE_OBJECTIVES[objective]
     levels = LEVELS[kind]
     first = steps // 10 if kind == "appearance" else 0
-    rates = {"token": TOKEN_RATE / 2, "offset": OFFSET_RATE[kind]}
+    rates = {"token": TOKEN_RATE / 2, "offset": learning_rate or OFFSET_RATE[kind]}
     both = Stage("token and offset", steps - first, rates, wanted, batch, levels=levels)
     if first == 0:
         return (both,)
@@ -77,17 +97,28 @@ def plan_of(
     objective: str = "attention",
     seed: int = 0,
     beside: str = "",
+    sites: str = "default",
+    rank: int = 0,
+    learning_rate: float = 0.0,
 ) -> Plan:
-    """What somebody's settings ask for; see `Plan` and `stages`, which raise LearningError where they make no sense."""
+    """What somebody's settings ask for; see `Plan` and `stages`, which raise LearningError where they make no sense.
+
+    Args:
+        sites: one of `SITES`.
+        rank: of the offset; 0: what `quality` buys.
+    """
     spent = SPENDING[quality]
+    if sites not in SITES:
+        raise LearningError(f"unknown sites {sites!r}: known are {', '.join(SITES)}")
     return Plan(
         kind=kind,
         name=name,
         class_word=class_word,
-        stages=stages(kind, steps, spent.batch, objective),
+        stages=stages(kind, steps, spent.batch, objective, learning_rate),
         vectors=spent.vectors,
-        rank=spent.rank,
+        rank=rank or spent.rank,
         variants=spent.variants,
         seed=seed,
         beside=beside,
+        sites=SITES[sites][kind],
     )

@@ -38,7 +38,7 @@ from inversion_core.learning.material import Material, prepare
 from inversion_core.learning.model import LearningError
 from inversion_core.learning.offset import Sites
 from inversion_core.learning.plan import Plan
-from inversion_core.learning.recipes import stages
+from inversion_core.learning.recipes import SITES, stages
 from inversion_core.learning.trainer import Progress, Stage
 
 from .models import POOLED, Patcher, demo_patcher, random, sd15_patcher, sd21_patcher, sdxl_patcher
@@ -346,6 +346,14 @@ def test_attentions_are_those_of_the_unet() -> None:
         assert all(layer is modules[f"{name}.{part}"] for part, layer in site.projections.items())
     assert behind == {name: modules[name] for name in modules if name.endswith((".ff.net.0.proj", ".ff.net.2"))}
     assert len(behind) == len(found)
+
+
+def test_b_lora_has_content_and_style_in_a_block_of_sdxl_each() -> None:
+    with learning_model(sdxl_patcher(), sdxl_clip(), LATENT) as opened:
+        shape, look = (set(sites.layers(opened)) for sites in SITES["B-LoRA (SDXL)"].values() if sites is not None)
+    assert len(shape) == 2 * 2 * 4  # blocks, attentions, projections
+    assert {name[:18] for name in shape} == {"output_blocks.0.1."}
+    assert look == {name.replace("output_blocks.0.", "output_blocks.1.") for name in shape}
 
 
 @MODELS

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from inversion_core.learning.files import InversionFileError
 from inversion_core.learning.guides import Guides, Look, Projection
-from inversion_core.learning.inversion import Inversion
+from inversion_core.learning.inversion import Inversion, Kind
 from inversion_core.learning.learn import job_of, learn
 from inversion_core.learning.lesson import InversionLesson
 from inversion_core.learning.material import Material, digest_of, prepare
 from inversion_core.learning.model import LearningError, Prediction
 from inversion_core.learning.offset import Sites
 from inversion_core.learning.plan import OBJECTIVES, Plan
-from inversion_core.learning.recipes import APPEARANCE_OBJECTIVES, SPENDING, Quality, stages
+from inversion_core.learning.recipes import APPEARANCE_OBJECTIVES, SPENDING, Quality, plan_of, stages
 from inversion_core.learning.silhouette import mask_embedding
 from inversion_core.learning.trainer import Progress, Stage
 
@@ -295,6 +295,35 @@ def test_recipes_refuse_what_they_do_not_know() -> None:
         stages("shape", 0, 4)
     with pytest.raises(LearningError, match="unknown objective 'beauty'"):
         stages("appearance", 1, 4, "beauty")
+
+    with pytest.raises(LearningError, match=r"learning rate is -0\.1"):
+        stages("shape", 1, 4, learning_rate=-0.1)
+    with pytest.raises(LearningError, match="unknown sites 'hands': known are default, everything"):
+        plan_of("shape", "a", "b", 1, sites="hands")
+
+
+@pytest.mark.parametrize(
+    ("sites", "kinds"),
+    [
+        ("everything", {"attn1", "attn2", "ff"}),
+        ("all attention", {"attn1", "attn2"}),
+        ("self-attention", {"attn1"}),
+        ("cross-attention", {"attn2"}),
+    ],
+)
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_sites_rank_and_rate_of_the_offset_may_be_chosen(kind: Kind, sites: str, kinds: set[str]) -> None:
+    plan = plan_of(kind, "a", "word", 3, sites=sites, rank=3, learning_rate=0.5)
+    offset = InversionLesson(ToyModel(), material(plan), plan).offset
+    assert {name.split(".")[1] for name in offset.names} == kinds
+    assert {up.shape[1] for up, _ in offset.weights().values()} == {3}
+    assert plan.stages[-1].rates["offset"] == 0.5
+
+
+def test_sites_of_another_model_are_refused_with_what_there_is() -> None:
+    plan = plan_of("shape", "a", "word", 3, sites="B-LoRA (SDXL)")
+    with pytest.raises(LearningError, match=r"within output_blocks\.0\.1\.: the model has .* block\.attn1"):
+        InversionLesson(ToyModel(), material(plan), plan)
 
 
 def test_an_appearance_is_learned_inside_its_border() -> None:
