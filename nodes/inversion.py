@@ -56,6 +56,7 @@ def _inputs(of: str, name: str, class_word: str, *, sockets: Sequence = (), sett
             "sites",
             options=list(SITES),
             default="default",
+            optional=True,
             **rarely_changed(),
             tooltip="Which layers the offset changes. default: what was measured best for this node. B-LoRA: one "
             "block, of SDXL alone.",
@@ -65,6 +66,7 @@ def _inputs(of: str, name: str, class_word: str, *, sockets: Sequence = (), sett
             default=0,
             min=0,
             max=256,
+            optional=True,
             **rarely_changed(),
             tooltip="Of the offset. 0: as quality says. More can hold more, and makes larger files.",
         ),
@@ -75,6 +77,7 @@ def _inputs(of: str, name: str, class_word: str, *, sockets: Sequence = (), sett
             max=0.1,
             step=0.0001,
             round=False,
+            optional=True,
             **rarely_changed(),
             tooltip="Of the offset, at its highest: around 0.002. 0: the default of this node. Halve it if prompts are "
             "no longer obeyed.",
