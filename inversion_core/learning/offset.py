@@ -57,7 +57,7 @@ class Sites:
 
 EVERYWHERE = Sites(("self", "cross", "feed_forward"), PROJECTIONS)
 SHAPE_SITES = EVERYWHERE
-APPEARANCE_SITES = Sites(("self",))
+APPEARANCE_SITES = Sites(("self", "feed_forward"))
 
 
 class LowRank(nn.Module):

@@ -14,10 +14,13 @@ from .trainer import Stage
 Quality = Literal["fast", "balanced", "thorough"]
 
 TOKEN_RATE = 1e-2
-OFFSET_RATE: dict[Kind, float] = {"shape": 4e-3, "appearance": 2e-3}
+OFFSET_RATE: dict[Kind, float] = {"shape": 4e-3, "appearance": 7e-4}
 LEVELS: dict[Kind, tuple[float, float]] = {"shape": (0.4, 1.0), "appearance": (0.0, 0.8)}
 """An outline is decided while there is much noise: below, a shape's lesson would learn the paint of its variants, and
 above, an appearance's their outlines."""
+FIRST = 4
+"""One in so many of an appearance's steps is the token's alone, at all noise levels: the colour is decided above
+`LEVELS`, where a word may say it, and an offset would learn outlines."""
 APPEARANCE_OBJECTIVES: dict[str, dict[str, float]] = {
     "attention": {"diffusion": 1.0, "attention_distillation": 1.0},
     "moments": {"diffusion": 1.0, "moments": 0.1},
@@ -64,8 +67,8 @@ SPENDING: dict[Quality, Spending] = {
 def stages(
     kind: Kind, steps: int, batch: int, objective: str = "attention", learning_rate: float = 0.0
 ) -> tuple[Stage, ...]:
-    """For a shape token and offset together: no word says a new outline. For an appearance the token alone first, for a
-    tenth of the steps, so that it says what a word can.
+    """For a shape token and offset together: no word says a new outline. For an appearance the token alone first, so
+    that it says what a word can.
 
     Args:
         objective: for an appearance, one of `APPEARANCE_OBJECTIVES`.
@@ -79,12 +82,12 @@ def stages(
         raise LearningError(f"unknown objective {objective!r}: known are {', '.join(APPEARANCE_OBJECTIVES)}")
     wanted = {"diffusion": 1.0, "attention_on_mask": 0.01} if kind == "shape" else APPEARANCE_OBJECTIVES[objective]
     levels = LEVELS[kind]
-    first = steps // 10 if kind == "appearance" else 0
+    first = steps // FIRST if kind == "appearance" else 0
     rates = {"token": TOKEN_RATE / 2, "offset": learning_rate or OFFSET_RATE[kind]}
     both = Stage("token and offset", steps - first, rates, wanted, batch, levels=levels)
     if first == 0:
         return (both,)
-    return (Stage("token", first, {"token": TOKEN_RATE}, wanted, batch, levels=levels), both)
+    return (Stage("token", first, {"token": TOKEN_RATE}, wanted, batch), both)
 
 
 def plan_of(

@@ -74,7 +74,7 @@ def test_the_loss_on_fixed_noise_falls_and_the_model_stays(plan: Plan, predictio
     assert not found.token["toy"].requires_grad
 
 
-def test_a_shape_goes_to_every_layer_of_a_block_and_an_appearance_to_self_attention_unless_told() -> None:
+def test_a_shape_goes_to_every_layer_of_a_block_and_an_appearance_to_some_unless_told() -> None:
     model = ToyModel()
 
     def layers(plan: Plan) -> set[str]:
@@ -82,7 +82,7 @@ def test_a_shape_goes_to_every_layer_of_a_block_and_an_appearance_to_self_attent
 
     attention = {f"block.{name}.{part}" for name in ("attn1", "attn2") for part in ("to_q", "to_k", "to_v", "to_out.0")}
     assert layers(SHAPE) == attention | {"block.ff.net.2"}
-    assert layers(APPEARANCE) == {"block.attn1.to_k", "block.attn1.to_v"}
+    assert layers(APPEARANCE) == {"block.attn1.to_k", "block.attn1.to_v", "block.ff.net.2"}
     assert layers(replace(SHAPE, sites=Sites(("self",), ("to_q",)))) == {"block.attn1.to_q"}
 
 
