@@ -147,7 +147,7 @@ class AppearanceInversion(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Learns colours, texture and material from one to five pictures, free of the shape: a word for prompts "
-                "and a small change of self-attention. The model itself is not changed."
+                "and a small change of the model's layers. The model itself is not changed."
             ),
             inputs=_inputs(
                 "material",
