@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.appearance_loss import probe
 from benchmarks.inversion import joint, methods
-from benchmarks.inversion.__main__ import Bench
+from benchmarks.inversion.__main__ import Bench, fewest
 from benchmarks.inversion.composed import crossed, said
 from benchmarks.inversion.concepts import concepts, newcomers, together
 from benchmarks.inversion.measures import appearance_figures, shape_figures
@@ -59,6 +59,29 @@ def test_prompts_say_something_else_about_all_but_the_concept() -> None:
                 assert not any(word in one.prompt for word in (*world.WITHHELD_SHAPES, *world.WITHHELD_TEXTURES))
     shape, look = concepts("shape", 1, False)[0], concepts("appearance", 1, False)[0]
     assert together(shape, look, 1)[0].prompt.startswith("a <look> <form> on ")
+
+
+def test_dear_methods_may_have_fewer_concepts_and_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bench = Bench(steps=2, prompts=1, tuning=True)
+    bench.folder = tmp_path
+    monkeypatch.setattr(bench, "_one", lambda name, concept: {"appearance": float(concept.seed % 10), "steps": 2})
+    assert bench.run(["appearance"], "ours: attention on mask alone", 1)["appearance"] == {}
+    found = bench.run(["appearance"], "ours, textual inversion", 3, fewest(["textual inversion=1"]))["appearance"]
+    assert (found["ours"]["concepts"], found["ours"]["appearance"]) == (3, 1)
+    assert (found["textual inversion"]["concepts"], found["textual inversion"]["appearance"]) == (1, 0)
+    for wrong in ("ours", "ours=0", "mine=2"):
+        with pytest.raises(SystemExit, match=f"--fewer: '{wrong}'"):
+            fewest([wrong])
+
+
+def test_a_method_is_for_the_kinds_it_means_something_for() -> None:
+    assert not [name for name in methods.METHODS if "," in name]  # --methods is a list by commas
+    assert methods.METHODS["ours"].kinds == ("shape", "appearance")
+    for name, method in methods.METHODS.items():
+        for kind in method.kinds:
+            plan = method.plan(kind, 8)
+            assert sum(stage.steps for stage in plan.stages) == 8
+            assert name == "ours" or not method.augmented or method.whole or plan != methods.ours(kind, 8), name
 
 
 def test_every_kind_of_method_runs_and_what_is_kept_is_not_made_again(
