@@ -68,10 +68,11 @@ def without_mask(graph: Graph, title: str) -> Graph:
     edited = copy.deepcopy(graph)
     for node in edited.values():
         inputs = node["inputs"]
-        if inputs.get("mask") == link:
-            del inputs["mask"]
-            if "flatten" in inputs:
-                inputs["flatten"] = 0.0
+        cut = [name for name, value in inputs.items() if value == link]
+        for name in cut:
+            del inputs[name]
+        if cut and "flatten" in inputs:
+            inputs["flatten"] = 0.0
     return edited
 
 

@@ -42,7 +42,10 @@ class AdaINColorMatch(io.ComfyNode):
                 io.Image.Input("image", tooltip="What is recoloured: a picture, a batch, or the frames of a video."),
                 io.Image.Input("reference", tooltip="Whose colours are taken. Any size and number."),
                 io.Mask.Input(
-                    "mask", optional=True, tooltip="What is measured and changed; outside, not a bit changes."
+                    "mask",
+                    optional=True,
+                    tooltip="What is measured and changed; outside, not a bit changes. Of another size, it is "
+                    "stretched to the image.",
                 ),
                 io.Mask.Input("reference_mask", optional=True, tooltip="What of the reference is measured."),
                 io.Combo.Input("method", options=list(get_args(Method)), default="mkl", tooltip=_METHODS),
@@ -97,7 +100,7 @@ class AdaINColorMatch(io.ComfyNode):
     ) -> io.NodeOutput:
         match = ColorMatch(method, SPACES[space], strength, keep_luminance, feather, FRAMES[frames], frame)
         if mask is not None:
-            mask = picture_mask(mask, image, "the mask")
+            mask = picture_mask(mask, image, "the mask", stretched=True)
         if reference_mask is not None:
             reference_mask = picture_mask(reference_mask, reference, "the reference mask")
         bar = comfy.utils.ProgressBar(image.shape[0])

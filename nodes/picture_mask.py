@@ -6,8 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def picture_mask(mask: Tensor, pictures: Tensor, name: str) -> Tensor:
+def picture_mask(mask: Tensor, pictures: Tensor, name: str, *, stretched: bool = False) -> Tensor:
     """A MASK for pictures (B, H, W, C) as (1 or B, H, W), resized if it has their shape.
+
+    Args:
+        stretched: resized whatever shape it has, as KV Injection stretches a shape reference to the result.
 
     Raises:
         ValueError: the mask is empty, has another aspect ratio, or fits neither one nor all of the pictures.
@@ -26,7 +29,7 @@ def picture_mask(mask: Tensor, pictures: Tensor, name: str) -> Tensor:
         )
     if tuple(flat.shape[1:]) == (height, width):
         return flat
-    if not 0.97 < (flat.shape[2] * height) / (flat.shape[1] * width) < 1.03:
+    if not stretched and not 0.97 < (flat.shape[2] * height) / (flat.shape[1] * width) < 1.03:
         raise ValueError(
             f"{name} is {flat.shape[2]}x{flat.shape[1]} but the picture is {width}x{height}, another shape: connect "
             "the mask that belongs to this picture"

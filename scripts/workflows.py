@@ -40,14 +40,14 @@ SUBGRAPHS = {
             Promoted("positive", (("28", "positive"),)),
             Promoted("negative", (("28", "negative"),)),
             Promoted("shape image", (("21", "image"),)),
-            Promoted("shape mask", (("21", "mask"), ("23", "mask"))),
-            Promoted("appearance image", (("22", "image"),)),
-            Promoted("appearance mask", (("22", "mask"),)),
+            Promoted("shape mask", (("21", "mask"), ("23", "mask"), ("34", "mask"))),
+            Promoted("appearance image", (("22", "image"), ("34", "reference"))),
+            Promoted("appearance mask", (("22", "mask"), ("34", "reference_mask"))),
             Promoted("place", (("24", "pixels"), ("33", "destination"))),
             Promoted("shape", (("27", "shape_strength"),)),
-            Promoted("appearance", (("27", "strength"),)),
+            Promoted("appearance", (("27", "strength"), ("34", "strength"))),
         ),
-        (Promoted("picture", (("33", 0),)),),
+        (Promoted("picture", (("34", 0),)),),
     )
 }
 """Which workflows have nodes folded into one, and what it shows outside."""

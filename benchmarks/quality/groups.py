@@ -9,11 +9,14 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+from inversion_core.color import Space
 from inversion_core.injection import Window
 from inversion_core.presets import PRESETS, Preset
+from inversion_core.statistics import Method as Transport
 
 from .methods import Method, autoencoded, colored, crossed, described, injected, neutral, placed, prompted, shown
 from .one_query import read_by_cls
+from .recolored import recolored
 
 
 def _shape_until(end: float, preset: Preset) -> Preset:
@@ -41,6 +44,19 @@ OURS: dict[str, Method] = {
     "default - shape": partial(injected, PRESETS["default"], shape=None),
     "colour guidance alone": colored,
 }
+
+RECOLORED: dict[str, Method] = {
+    f"{name} + colour match": partial(recolored, {**BASELINES, **ATTENTION, **OURS}[name])
+    for name in (
+        "A itself",
+        "prompt only",
+        "default",
+        "default + flat shape",
+        "default + flat shape + full prompt",
+        "cross-image",
+    )
+}
+"""AdaIN Color Match of the finished picture besides. The first two tell what it does alone."""
 
 ONE_QUERY: dict[str, Method] = {
     "read by B's CLS": partial(read_by_cls, PRESETS["default"]),
@@ -87,6 +103,21 @@ DIT_PAGE: dict[str, Method] = {
     "style-aligned": ATTENTION["style-aligned"],
 }
 
+MATCHES: tuple[tuple[Transport, Space], ...] = (
+    ("mkl", "lab"),
+    ("mkl", "linear_rgb"),
+    ("histogram", "linear_rgb"),
+    ("sliced_ot", "lab"),
+    ("sliced_ot", "linear_rgb"),
+)
+TO_MATCH = {name: {**ATTENTION, **OURS}[name] for name in ("default", "default + flat shape", "cross-image")}
+COLOR_MATCH: dict[str, Method] = TO_MATCH | {
+    f"{name} + {method} {space}": partial(recolored, made, method=method, space=space)
+    for name, made in TO_MATCH.items()
+    for method, space in MATCHES
+}
+"""What the match at the end of the workflows was chosen among, on tuning pairs (docs/findings.md)."""
+
 PLACING: dict[str, Method] = {
     f"room {room} feather {feather} on C": partial(placed, PRESETS["default"], room=room, feather=feather)
     for room, feather in ((4, 4), (2, 4), (2, 2), (1, 2), (0, 2))
@@ -100,14 +131,16 @@ GROUPS: dict[str, dict[str, Method]] = {
     "baselines": BASELINES,
     "attention": ATTENTION,
     "ours": OURS,
+    "recoloured": RECOLORED,
     "one query": ONE_QUERY,
     "placed": PLACED,
     "presets": PRESET_PAGE,
     "dit": DIT_PAGE,
     "shape end": SHAPE_END,
     "placing": PLACING,
+    "colour match": COLOR_MATCH,
 }
 """What `--only` chooses among."""
 
-TABLE = ("baselines", "attention", "ours", "placed")
+TABLE = ("baselines", "attention", "ours", "recoloured", "placed")
 """The groups of the table in docs/findings.md, and what is made where nothing is asked for."""

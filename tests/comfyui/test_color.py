@@ -54,6 +54,21 @@ def test_the_workflow_matches_the_object_and_nothing_else(client: ComfyClient, g
     assert np.linalg.norm(after - wanted) <= 0.2 * np.linalg.norm(before - wanted)
 
 
+def test_a_mask_of_another_size_is_stretched_to_the_picture(client: ComfyClient, graph: Graph) -> None:
+    """Such as a shape picture's whose proportions are not the result's."""
+    a, _ = (world.render(one) for one in world.demo_pair())
+    left = Image.new("RGBA", (60, 30), (0, 0, 0, 255))
+    left.paste((0, 0, 0, 0), (0, 0, 30, 30))
+    key = node_titled(graph, "AdaIN Color Match")
+    graph["90"] = {"class_type": "LoadImage", "inputs": {"image": client.upload_image(left, "left.png")}}
+    graph[key]["inputs"]["mask"] = ["90", 1]
+
+    changed = np.abs(result(client, graph) - a.image).max(axis=2) > 1 / 255
+
+    middle = a.image.shape[1] // 2
+    assert changed[:, : middle - 4].mean() > 0.9 and not changed[:, middle + 4 :].any()
+
+
 def test_strength_0_returns_the_picture(client: ComfyClient, graph: Graph) -> None:
     a, _ = (world.render(one) for one in world.demo_pair())
     out = result(client, with_inputs(graph, "AdaIN Color Match", strength=0.0))

@@ -46,11 +46,11 @@ def pixels(images: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(image.convert("RGB")) for image in images])
 
 
-def without_injection(graph: Graph, title: str = "KV Injection") -> Graph:
-    """Whatever took its model takes the model that it was given."""
+def without(graph: Graph, title: str = "KV Injection", through: str = "model") -> Graph:
+    """Whatever took what came through it takes what it was given."""
     plain = copy.deepcopy(graph)
     name = node_titled(plain, title)
-    given = plain.pop(name)["inputs"]["model"]
+    given = plain.pop(name)["inputs"][through]
     for node in plain.values():
         node["inputs"] = {key: given if value == [name, 0] else value for key, value in node["inputs"].items()}
     return plain
@@ -71,14 +71,15 @@ def test_without_our_nodes_the_same_workflow_does_not_make_it(
 ) -> None:
     """The prompt names the place alone; were these scores high, the ones above would prove nothing."""
     assert job.score is not None
-    (picture,) = results(client, without_injection(graph))
+    plain = without(without(graph), "Colours of the appearance", "image")
+    (picture,) = results(client, plain)
     scores = job.score(picture)
     assert min(scores["shape_iou"] / SHAPE_IOU, scores["appearance"] / APPEARANCE) < 0.75, scores
 
 
 def test_strength_zero_is_the_workflow_without_the_node(client: ComfyClient, graph: Graph) -> None:
     neutral = pixels(results(client, with_inputs(graph, "KV Injection", strength=0.0)))
-    np.testing.assert_array_equal(neutral, pixels(results(client, without_injection(graph))))
+    np.testing.assert_array_equal(neutral, pixels(results(client, without(graph))))
     assert difference(neutral, pixels(results(client, graph))) > 1
 
 
@@ -86,7 +87,7 @@ def test_the_same_prompt_gives_the_same_picture_whatever_ran_between(client: Com
     """The models stay loaded; what the nodes gave is dropped, so that the sampler really runs again."""
     first = pixels(results(client, graph))
     results(client, with_inputs(graph, "KV Injection", strength=0.5, preset="style-aligned"))
-    results(client, without_injection(graph))
+    results(client, without(graph))
     client.free()
     seen: list[Progress] = []
     again = pixels(results(client, graph, seen))

@@ -67,10 +67,13 @@ def test_only_the_picture_without_alpha_loses_its_mask(graph: Graph, tmp_path: P
     plain = save_picture(tmp_path / "plain.png", "RGB")
     masked = save_picture(tmp_path / "masked.png", "RGBA", alpha=0)
 
-    inputs = encoders(edited(graph, OURS, "--shape", str(plain), "--appearance", str(masked)))
+    ready = edited(graph, OURS, "--shape", str(plain), "--appearance", str(masked))
 
+    inputs, kept = encoders(ready), [node_titled(graph, "Appearance image"), 1]
     assert "mask" not in inputs["Shape image"]
-    assert inputs["Appearance image"]["mask"] == [node_titled(graph, "Appearance image"), 1]
+    assert inputs["Appearance image"]["mask"] == kept
+    colours = ready[node_titled(ready, "Colours of the appearance")]["inputs"]
+    assert "mask" not in colours and colours["reference_mask"] == kept
 
 
 def test_an_opaque_alpha_channel_is_no_mask(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from benchmarks.quality.groups import ATTENTION, DIT_PAGE, GROUPS, OURS, PLACED,
 from benchmarks.quality.measures import MEASURES, Judges, measure
 from benchmarks.quality.methods import Studio
 from benchmarks.quality.pairs import Pair, pairs
+from benchmarks.quality.recolored import recolored
 from demo.model import load_demo_model
 from demo.train import autoencoder, judge, latents, vit
 from demo.train.data import TRAINING_SEED
@@ -138,6 +139,17 @@ def test_what_is_placed_leaves_the_place_alone(monkeypatch: pytest.MonkeyPatch) 
     assert made.untouched == 1
     place = torch.from_numpy(Pair(77).place)
     assert float((made.picture - place).abs().max()) > 0.1
+
+
+def test_a_recoloured_picture_takes_b_s_colours_inside_a_s_mask_and_nothing_else_changes(judges: Judges) -> None:
+    pair = Pair(77)
+    picture = torch.from_numpy(pair.shape.image)
+    made = recolored(lambda *_: methods.Result(picture, 80, 1.0, untouched=0.5), Studio(load_demo_model()), pair)
+    outside = torch.from_numpy(pair.shape.mask) == 0
+    assert torch.equal(made.picture[outside], picture[outside])
+    before, after = (measure(one, pair, judges)["colour_delta_e"] for one in (picture, made.picture))
+    assert after < 0.2 * before
+    assert (made.rows, made.untouched) == (80, 0.5) and made.seconds > 1
 
 
 def test_a_table_may_hold_placed_methods_beside_others() -> None:
