@@ -71,6 +71,7 @@ PLACED: dict[str, Method] = {
     f"{name} on C": partial(placed, PRESETS[name], room=ROOM, feather=FEATHER) for name in ("default", "cross-image")
 }
 """A on C with B's appearance."""
+PLACED |= {f"{name} + colour match": partial(recolored, method) for name, method in PLACED.items()}
 
 PRESET_PAGE: dict[str, Method] = {
     "prompt only": BASELINES["prompt only"],
