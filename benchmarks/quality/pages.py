@@ -49,13 +49,17 @@ PAGES = {
             "StyleID": "style-id",
             "Cross-Image\nAttention": "cross-image",
             "KV Injection:\ndefault": "default",
-            "default,\nflatten 1": "default + flat shape",
+            "the workflow:\n+ Color Match": "default + flat shape + colour match",
         },
         0,
     ),
     "placed": Page(
         {"A: shape": "shape", "B: appearance": "appearance", "C: place": "place", "true answer": "placed_truth"},
-        {"Cross-Image\nAttention": "cross-image on C", "KV Injection:\ndefault": "default on C"},
+        {
+            "Cross-Image\nAttention": "cross-image on C",
+            "KV Injection:\ndefault": "default on C",
+            "the workflow:\n+ Color Match": "default on C + colour match",
+        },
         ROWS,
     ),
 }
