@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,17 +23,18 @@ from demo import world
 
 comfy_host.ensure_importable()
 
-from benchmarks.quality.__main__ import against, markdown, summary  # noqa: E402
+from benchmarks.quality.__main__ import WORKFLOW, against, markdown, summary  # noqa: E402
 from benchmarks.quality.measures import Judges, measure  # noqa: E402
 from benchmarks.quality.methods import Method, Studio, injected, prompted  # noqa: E402
 from benchmarks.quality.pairs import Pair  # noqa: E402
+from benchmarks.quality.recolored import recolored  # noqa: E402
 from inversion_core.presets import PRESETS  # noqa: E402
 
 from .__main__ import Bench  # noqa: E402
 from .concepts import TOKENS, Concept, concepts  # noqa: E402
 from .tables import write_table  # noqa: E402
 
-CROSSINGS = 4
+CROSSINGS = 8
 """Appearances that each shape is crossed with."""
 SHOWN = 6
 
@@ -87,28 +87,31 @@ class Row:
     kinds: tuple[str, ...] = ()
 
 
-def _row(kinds: tuple[str, ...], by: str = "ours", words: tuple[str, ...] | None = None, **values: Any) -> Row:
-    """`words`: the kinds whose learned words are said, where these are not all; `values`: for `injected`, if any."""
-    spoken = said(*(kinds if words is None else words))
-    if values:
-        return Row(partial(injected, PRESETS["default"], words=spoken, **values), by, kinds)
-    return Row(partial(prompted, spoken), by, kinds)
+def _alone(kinds: tuple[str, ...] = (), by: str = "ours") -> Row:
+    """By words."""
+    return Row(partial(prompted, said(*kinds)), by, kinds)
+
+
+def _beside(kinds: tuple[str, ...] = (), by: str = "ours") -> Row:
+    """Beside what the workflow *learned_and_injected* does: `default` on a shape of one colour, then Color Match."""
+    made = partial(injected, PRESETS["default"], words=said(*kinds), shape="flat a")
+    return Row(partial(recolored, made), by, kinds)
 
 
 BOTH = ("shape", "appearance")
 ROWS: dict[str, Row] = {
-    "prompt only": _row(()),
+    "prompt only": _alone(),
+    "textual inversion of both": _alone(BOTH, "textual inversion"),
+    "learned both": _alone(BOTH),
     "default": Row(partial(injected, PRESETS["default"])),
-    "default + flat shape": Row(partial(injected, PRESETS["default"], shape="flat a")),
-    "textual inversion of both": _row(BOTH, "textual inversion"),
-    "default + flat shape + textual inversion of the shape": _row(("shape",), "textual inversion", shape="flat a"),
-    "learned both": _row(BOTH),
-    "learned shape + injected look": _row(("shape",), shape=None),
-    "default + learned shape": _row(("shape",), shape="a"),
-    "default + flat shape + learned shape": _row(("shape",), shape="flat a"),
-    "default + flat shape + learned look": _row(("appearance",), shape="flat a"),
-    "default + flat shape + learned both": _row(BOTH, shape="flat a"),
+    "default + learned shape": Row(partial(injected, PRESETS["default"], words=said("shape")), kinds=("shape",)),
+    WORKFLOW: _beside(),
+    "workflow + textual inversion of the shape": _beside(("shape",), "textual inversion"),
+    "workflow + learned shape": _beside(("shape",)),
+    "workflow + learned look": _beside(("appearance",)),
+    "workflow + learned both": _beside(BOTH),
 }
+"""*workflow* is the best training-free combination (docs/findings.md): `default`, `flatten`, AdaIN Color Match."""
 
 
 def main() -> None:
@@ -124,7 +127,8 @@ def main() -> None:
     with torch.inference_mode():
         bench = Bench(options.steps, options.prompts, options.tuning)
         rows, sheet = composed(bench, crossed(options.concepts, options.tuning))
-    table = summary(against(rows, "lead", "harmonic", "default"))
+    led = against(against(rows, "outline_lead", "boundary_f", WORKFLOW), "look_lead", "appearance", WORKFLOW)
+    table = summary(led)
     text = markdown(table, len(next(iter(rows.values()))))
     options.json.write_text(json.dumps({"pairs": len(sheet), "methods": table}, indent=2) + "\n", encoding="utf-8")
     if options.docs is not None:

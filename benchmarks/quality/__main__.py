@@ -26,10 +26,14 @@ NOTHING = "prompt only"
 """Where this method is among them, every other's gain in appearance over it is given, pair by pair."""
 DEFAULT = "default"
 """Where this method is among them, so is every other's lead over it, pair by pair."""
+WORKFLOW = "workflow"
+"""As in `benchmarks.inversion.composed`; where it is among them, the others' leads over it."""
 SHEET_PAIRS = 8
 COMPARED = {
     "gain": f"appearance less that of {NOTHING!r} on the same pair",
     "lead": f"harmonic less that of {DEFAULT!r} on the same pair",
+    "outline_lead": f"boundary_f less that of {WORKFLOW!r} on the same pair",
+    "look_lead": f"appearance less that of {WORKFLOW!r} on the same pair",
 }
 _TABLE = ("<!-- table -->", "<!-- /table -->")
 
