@@ -129,7 +129,7 @@ def test_both_are_learned_from_one_picture(way: str, monkeypatch: pytest.MonkeyP
 
 def test_crossed_pairs_have_the_shape_of_the_one_and_the_look_of_the_other() -> None:
     pairs = crossed(8, tuning=False)
-    assert len({pair.seed for pair in pairs}) == len({(pair.shape_of.seed, pair.look_of.seed) for pair in pairs}) == 32
+    assert len({pair.seed for pair in pairs}) == len({(pair.shape_of.seed, pair.look_of.seed) for pair in pairs}) == 64
     for pair in pairs:
         assert pair.a == pair.shape_of.factors
         assert pair.b == pair.look_of.factors
