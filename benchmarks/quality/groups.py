@@ -111,10 +111,10 @@ MATCHES: tuple[tuple[Transport, Space], ...] = (
     ("sliced_ot", "lab"),
     ("sliced_ot", "linear_rgb"),
 )
-TO_MATCH = {name: {**ATTENTION, **OURS}[name] for name in ("default", "default + flat shape", "cross-image")}
-COLOR_MATCH: dict[str, Method] = TO_MATCH | {
-    f"{name} + {method} {space}": partial(recolored, made, method=method, space=space)
-    for name, made in TO_MATCH.items()
+COLOR_MATCH: dict[str, Method] = {"default + flat shape": OURS["default + flat shape"]} | {
+    f"default + flat shape + {method} {space}": partial(
+        recolored, OURS["default + flat shape"], method=method, space=space
+    )
     for method, space in MATCHES
 }
 """What the match at the end of the workflows was chosen among, on tuning pairs (docs/findings.md)."""
