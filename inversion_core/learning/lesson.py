@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -84,7 +85,8 @@ class InversionLesson:
 
     @torch.no_grad()
     def evaluate(self, stage: Stage) -> float:
-        """The same losses on noise that is never learned from."""
+        """The same losses on noise that is never learned from, at the last stage's levels, so that stages compare."""
+        stage = replace(stage, levels=self.plan.stages[-1].levels)
         total, at_once = 0.0, min(4, stage.batch)
         for first in range(0, EVALUATION_ROWS, at_once):
             rows = range(first, min(first + at_once, EVALUATION_ROWS))
