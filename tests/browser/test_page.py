@@ -87,6 +87,25 @@ def test_every_workflow_opens_from_the_template_browser(page: ComfyPage, path: P
     page.dialog.wait_for(state="detached")
     assert page.alerts.all_inner_texts() == []
     assert sorted(page.kinds()) == sorted(wanted)
+    posted = page.evaluate("async () => (await app.graphToPrompt()).output")
+    written = load_graph(path.parent / "api" / path.name)
+    assert {key: (one["class_type"], one["inputs"]) for key, one in posted.items()} == {
+        key: (one["class_type"], one["inputs"]) for key, one in written.items()
+    }
+
+
+def test_a_slider_of_compose_reaches_every_node_it_stands_for(page: ComfyPage) -> None:
+    (path,) = (one for one in WORKFLOWS if one.stem == "compose")
+    page.evaluate("async graph => { await app.loadGraphData(graph) }", json.loads(path.read_text(encoding="utf-8")))
+    page.evaluate(
+        """() => {
+            const compose = app.graph._nodes.find(node => node.title === 'Compose')
+            compose.widgets.find(widget => widget.name === 'appearance').value = 0.25
+        }"""
+    )
+    posted = page.evaluate("async () => (await app.graphToPrompt()).output").values()
+    strengths = {one["class_type"]: one["inputs"].get("strength") for one in posted}
+    assert strengths["ShapeAppearanceKVInjection"] == strengths["ShapeAppearanceAdaINColorMatch"] == 0.25
 
 
 def test_a_workflow_with_a_node_that_nobody_has_would_be_noticed(page: ComfyPage) -> None:
