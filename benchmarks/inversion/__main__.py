@@ -34,6 +34,8 @@ KINDS = ("shape", "appearance", "both", "joint")
 LEARNING = ("augmentation", "lesson", "material", "objectives", "offset", "plan", "token", "trainer")
 PAIRED = ("ours", "textual inversion", "dreambooth lora")
 """Methods of which a shape and an appearance, learned apart, go into one picture."""
+ALWAYS = ("ours", "textual inversion")
+"""What "others" are other than."""
 BESIDE = 0.5
 """Strength of an appearance's offset beside a shape's: at 1 the two get in each other's way (docs/inversion.md)."""
 SHOWN = 6
@@ -51,7 +53,11 @@ def main() -> None:
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"some of {', '.join(KINDS)}, by commas")
     parser.add_argument("--methods", help="names by commas (default: all)")
     parser.add_argument(
-        "--fewer", nargs="+", default=[], metavar="METHOD=CONCEPTS", help="methods for the first concepts only"
+        "--fewer",
+        nargs="+",
+        default=[],
+        metavar="METHOD=CONCEPTS",
+        help="methods for the first concepts only; 'others': all but ours and textual inversion",
     )
     parser.add_argument("--steps", type=int, default=200, help="of learning, the same for every method")
     parser.add_argument("--prompts", type=int, default=12, help="pictures for each concept")
@@ -257,16 +263,18 @@ def _mean(rows: list[Figures]) -> Figures:
 
 
 def fewest(asked: list[str]) -> dict[str, int]:
-    """By method, how many concepts it is for at most, from ``METHOD=CONCEPTS``."""
+    """By method, how many concepts it is for at most, from ``METHOD=CONCEPTS``; later ones count."""
     from .joint import WAYS
     from .methods import METHODS
 
-    found = {}
+    every = (*METHODS, *WAYS)
+    found: dict[str, int] = {}
     for one in asked:
         name, _, count = one.rpartition("=")
-        if name not in (*METHODS, *WAYS) or not count.isdigit() or int(count) < 1:
-            raise SystemExit(f"--fewer: {one!r} is no METHOD=CONCEPTS with one of {', '.join((*METHODS, *WAYS))}")
-        found[name] = int(count)
+        if name not in (*every, "others") or not count.isdigit() or int(count) < 1:
+            raise SystemExit(f"--fewer: {one!r} is no METHOD=CONCEPTS with others or one of {', '.join(every)}")
+        meant = [other for other in every if other not in ALWAYS] if name == "others" else [name]
+        found |= dict.fromkeys(meant, int(count))
     return found
 
 

@@ -34,7 +34,7 @@ from .__main__ import Bench  # noqa: E402
 from .concepts import TOKENS, Concept, concepts  # noqa: E402
 from .tables import write_table  # noqa: E402
 
-CROSSINGS = 8
+CROSSINGS = 4
 """Appearances that each shape is crossed with."""
 SHOWN = 6
 
