@@ -36,8 +36,6 @@ PAIRED = ("ours", "textual inversion", "dreambooth lora")
 """Methods of which a shape and an appearance, learned apart, go into one picture."""
 ALWAYS = ("ours", "textual inversion")
 """What "others" are other than."""
-BESIDE = 0.5
-"""Strength of an appearance's offset beside a shape's: at 1 the two get in each other's way (docs/inversion.md)."""
 SHOWN = 6
 """Pictures kept of each concept."""
 
@@ -167,6 +165,7 @@ class Bench:
     def _both(self, name: str, index: int) -> Figures:
         """Shape and appearance of two concepts, learned apart, in one picture."""
         from . import measures
+        from .methods import BESIDE
 
         pair = [concepts(kind, index + 1, self.tuning)[index] for kind in ("shape", "appearance")]
         for concept in pair:
@@ -184,6 +183,8 @@ class Bench:
         from demo.model import DemoModel
         from inversion_core.hosts.comfy_inversion import apply_inversion
         from inversion_core.learning.files import load_inversion
+
+        from .methods import BESIDE
 
         model, clip = self.demo.model, self.demo.clip
         for concept in learned:
@@ -242,6 +243,8 @@ class Bench:
     def sheet(self, kinds: list[str], number: int) -> Image.Image:
         """Each concept's picture and what ours made of it."""
         from demo import world
+
+        from .methods import BESIDE
 
         rows = []
         for kind in kinds:

@@ -23,14 +23,15 @@ from inversion_core.learning.plan import Plan
 from inversion_core.learning.trainer import Stage, train
 
 from .concepts import TOKENS, Newcomer
-from .methods import ours
+from .methods import BESIDE, ours
 
 WAYS = ("sequential", "joint", "apart")
 """Shape first, then appearance beside it; both in one loop; each alone, knowing nothing of the other."""
 
 
 def learned_both(way: str, newcomer: Newcomer, steps: int, demo: DemoModel) -> DemoModel:
-    """The demo model with both inversions applied, learned from the newcomer's one picture in one of `WAYS`."""
+    """The demo model with both inversions applied, the appearance's offset by `BESIDE`, learned from the newcomer's one
+    picture in one of `WAYS`."""
     rendered = world.render(newcomer.factors)
     picture, mask = torch.from_numpy(rendered.image)[None], torch.from_numpy(rendered.mask)[None]
     shape, look = ours("shape", steps), ours("appearance", steps)
@@ -47,7 +48,8 @@ def learned_both(way: str, newcomer: Newcomer, steps: int, demo: DemoModel) -> D
 def _applied(demo: DemoModel, inversions: Sequence[Inversion]) -> DemoModel:
     model, clip = demo.model, demo.clip
     for one in inversions:
-        model, clip = apply_inversion(model, clip, one)
+        beside = one.kind == "appearance" and len(inversions) > 1
+        model, clip = apply_inversion(model, clip, one, offset_strength=BESIDE if beside else 1.0)
     return DemoModel(model, clip, demo.vae)
 
 

@@ -27,6 +27,8 @@ from .concepts import TOKENS, Concept
 CLASS_WORD: dict[Kind, str] = {"shape": "shape", "appearance": "textured"}
 RARE_WORD = "sks"
 """DreamBooth's: a string of letters that means nothing to the model."""
+BESIDE = 0.5
+"""Strength of an appearance's offset beside a shape's: at 1 the two get in each other's way (docs/inversion.md)."""
 FULL_RATE = 1e-4
 DREAMBOOTH_RATE = 4e-3
 """Neither was tuned."""
