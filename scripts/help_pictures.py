@@ -193,7 +193,7 @@ def learned(studio: Studio, kind: str, text: str) -> Graph:
     """A training from one of the pictures, and a model and texts that know the word."""
     file = "shape_file" if kind == "Shape" else "look_file"
     links = {"model": ["demo", 0], "clip": ["demo", 1], "vae": ["demo", 2], "images": [file, 0], "mask": [file, 1]}
-    choices: dict[str, Any] = {"token": "mine", "class_word": "shape", "quality": "fast", "seed": 0, "size": 512}
+    choices: dict[str, Any] = {"token": "mine", "class_word": "shape", "quality": "balanced", "seed": 0, "size": 512}
     if kind == "Appearance":
         choices |= {"class_word": "striped", "objective": "attention"}
     graph = studio.base()
