@@ -180,18 +180,12 @@ class Bench:
 
     def applied(self, name: str, learned: Sequence[Concept]) -> DemoModel:
         """The demo model with what a method learned of some concepts; an appearance beside a shape by `BESIDE`."""
-        from demo.model import DemoModel
-        from inversion_core.hosts.comfy_inversion import apply_inversion
         from inversion_core.learning.files import load_inversion
 
-        from .methods import BESIDE
+        from .methods import applied
 
-        model, clip = self.demo.model, self.demo.clip
-        for concept in learned:
-            found = load_inversion(self._file(name, concept.kind, concept.seed, "safetensors"))
-            beside = concept.kind == "appearance" and len(learned) > 1
-            model, clip = apply_inversion(model, clip, found, offset_strength=BESIDE if beside else 1.0)
-        return DemoModel(model, clip, self.demo.vae)
+        files = [self._file(name, concept.kind, concept.seed, "safetensors") for concept in learned]
+        return applied(self.demo, [load_inversion(file) for file in files])
 
     def _joint(self, way: str, newcomer: Newcomer) -> Figures:
         """Shape and appearance of one picture."""

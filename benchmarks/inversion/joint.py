@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from demo import world
 from demo.model import DemoModel
-from inversion_core.hosts.comfy_inversion import apply_inversion
 from inversion_core.hosts.comfy_learning import learning_model
 from inversion_core.learning.inversion import Inversion
 from inversion_core.learning.learn import learn
@@ -23,7 +22,7 @@ from inversion_core.learning.plan import Plan
 from inversion_core.learning.trainer import Stage, train
 
 from .concepts import TOKENS, Newcomer
-from .methods import BESIDE, ours
+from .methods import applied, ours
 
 WAYS = ("sequential", "joint", "apart")
 """Shape first, then appearance beside it; both in one loop; each alone, knowing nothing of the other."""
@@ -41,16 +40,8 @@ def learned_both(way: str, newcomer: Newcomer, steps: int, demo: DemoModel) -> D
         found = _joint(demo, picture, mask, shape, look)
     else:
         first = _alone(demo, picture, mask, shape)
-        found = [first, _alone(_applied(demo, [first] if way == "sequential" else []), picture, mask, look)]
-    return _applied(demo, found)
-
-
-def _applied(demo: DemoModel, inversions: Sequence[Inversion]) -> DemoModel:
-    model, clip = demo.model, demo.clip
-    for one in inversions:
-        beside = one.kind == "appearance" and len(inversions) > 1
-        model, clip = apply_inversion(model, clip, one, offset_strength=BESIDE if beside else 1.0)
-    return DemoModel(model, clip, demo.vae)
+        found = [first, _alone(applied(demo, [first] if way == "sequential" else []), picture, mask, look)]
+    return applied(demo, found)
 
 
 def _encode(demo: DemoModel) -> Callable[[Tensor], Tensor]:

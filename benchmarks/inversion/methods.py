@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from inversion_core.learning.learn import learn
 from inversion_core.learning.lesson import InversionLesson
 from inversion_core.learning.material import Material, prepare
 from inversion_core.learning.model import PROJECTIONS, LearningModel
-from inversion_core.learning.offset import EVERYWHERE, Sites
+from inversion_core.learning.offset import Sites
 from inversion_core.learning.plan import Plan
 from inversion_core.learning.recipes import APPEARANCE_OBJECTIVES, OFFSET_RATE, TOKEN_RATE, plan_of
 from inversion_core.learning.trainer import Stage, train
@@ -32,7 +33,6 @@ BESIDE = 0.5
 FULL_RATE = 1e-4
 DREAMBOOTH_RATE = 4e-3
 """Neither was tuned."""
-QKV = ("to_q", "to_k", "to_v")
 TEMPLATES: dict[Kind, tuple[str, ...]] = {"shape": ("a {token}",), "appearance": ("a {token} shape",)}
 """Prompts of methods that see the picture itself and are told nothing about it."""
 
@@ -65,7 +65,11 @@ class Method:
 
 def ours(kind: Kind, steps: int) -> Plan:
     """What the nodes do by default."""
-    return plan_of(kind, TOKENS[kind], CLASS_WORD[kind], steps)
+    return _planned(kind, steps)
+
+
+def _planned(kind: Kind, steps: int, sites: str = "default") -> Plan:
+    return plan_of(kind, TOKENS[kind], CLASS_WORD[kind], steps, sites=sites)
 
 
 def _objectives(wanted: Mapping[str, float]) -> Callable[[Kind, int], Plan]:
@@ -78,8 +82,8 @@ def _objectives(wanted: Mapping[str, float]) -> Callable[[Kind, int], Plan]:
     return plan
 
 
-def _sites(kinds: tuple, projections: tuple[str, ...] = ("to_k", "to_v")) -> Callable[[Kind, int], Plan]:
-    return lambda kind, steps: replace(ours(kind, steps), sites=Sites(kinds, projections))
+def _sites(name: str) -> Callable[[Kind, int], Plan]:
+    return partial(_planned, sites=name)
 
 
 def _only(group: str) -> Callable[[Kind, int], Plan]:
@@ -121,9 +125,9 @@ METHODS: dict[str, Method] = {
     "ours: token alone": Method(_only("token")),
     "ours: offset alone": Method(_only("offset")),
     "ours: picture not varied": Method(ours, augmented=False),
-    "ours: offset on keys and values of cross-attention": Method(_sites(("cross",)), kinds=("shape",)),
-    "ours: offset on all attention": Method(_sites(("self", "cross"), QKV), kinds=("shape",)),
-    "ours: offset everywhere": Method(_sites(EVERYWHERE.kinds, EVERYWHERE.projections), kinds=("appearance",)),
+    "ours: offset on keys and values of cross-attention": Method(_sites("cross-attention"), kinds=("shape",)),
+    "ours: offset on all attention": Method(_sites("all attention"), kinds=("shape",)),
+    "ours: offset everywhere": Method(_sites("everything"), kinds=("appearance",)),
     "ours: diffusion loss alone": Method(_objectives({"diffusion": 1.0})),
     "ours: min-SNR alone": Method(_objectives({"min_snr": 1.0})),
     "ours: attention on mask alone": Method(_objectives({"attention_on_mask": 1.0}), kinds=("shape",)),
@@ -148,9 +152,17 @@ def learned(method: Method, concept: Concept, steps: int, demo: DemoModel) -> Le
             inversion = replace(lesson.inversion({}), offset={})
         else:
             inversion, history = learn(opened, material, plan, micro_batch=batch)
-    model, clip = apply_inversion(demo.model, demo.clip, inversion)
     done = len(next(iter(history.losses.values())))
-    return Learned(DemoModel(model, clip, demo.vae), None if method.whole else inversion, done)
+    return Learned(applied(demo, [inversion]), None if method.whole else inversion, done)
+
+
+def applied(demo: DemoModel, inversions: Sequence[Inversion]) -> DemoModel:
+    """The demo model with these inversions; an appearance's offset beside others by `BESIDE`."""
+    model, clip = demo.model, demo.clip
+    for one in inversions:
+        beside = one.kind == "appearance" and len(inversions) > 1
+        model, clip = apply_inversion(model, clip, one, offset_strength=BESIDE if beside else 1.0)
+    return DemoModel(model, clip, demo.vae)
 
 
 def _material(method: Method, plan: Plan, concept: Concept, demo: DemoModel) -> Material:

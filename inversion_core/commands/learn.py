@@ -142,9 +142,8 @@ def _concepts(options: argparse.Namespace) -> list[Concept]:
         told: dict[str, Any] = {name: getattr(options, name) for name in ("kind", "token", "class_word", "shape")}
         found = [Concept(folder, **told) for folder in options.pictures]
     for one in found:
-        stages(
-            one.kind, options.steps, 1, options.objective, options.learning_rate
-        )  # says what is wrong before the model is loaded
+        # Says what is wrong before the model is loaded.
+        stages(one.kind, options.steps, 1, options.objective, options.learning_rate)
     names = [one.written.strip("<> ") for one in found]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

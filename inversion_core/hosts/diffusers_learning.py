@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..fingerprint import digest, weights_fingerprint
 from ..learning.inversion import Inversion
 from ..learning.model import FEED_FORWARD, PROJECTIONS, Attention, Conditioning, Prediction, Schedule
-from ..learning.offset import EVERYWHERE
+from ..learning.offset import EVERYWHERE, adding
 from ..sites import Site
 from .base import HostError
 from .checkpointing import checkpointed
@@ -332,13 +332,6 @@ def _changed(layers: Mapping[str, nn.Module], inversion: Inversion, device: torc
     missing = inversion.offset.keys() - layers.keys()
     if missing:
         raise HostError(f"<{inversion.name}> changes {', '.join(sorted(missing))}, which this model has not")
-
-    def adding(up: Tensor, down: Tensor) -> Callable:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = inputs[0]
-            return output + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)).to(output.dtype)
-
-        return hook
 
     for name, (up, down) in inversion.offset.items():
         yield layers[name].register_forward_hook(adding(up.to(device), down.to(device)))

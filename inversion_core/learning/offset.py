@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -69,11 +69,17 @@ class LowRank(nn.Module):
         self.down = nn.Parameter((torch.rand(rank, inputs, generator=generator) * 2 - 1) * bound)
         self.up = nn.Parameter(torch.zeros(outputs, rank))
 
-    def added(self, output: Tensor, x: Tensor) -> Tensor:
-        """``output (..., out) + up(down(x))`` in one pass over the output, which may be the widest of the model."""
-        low = F.linear(x, self.down.to(x.dtype)).to(output.dtype)
-        total = torch.addmm(output.flatten(0, -2), low.flatten(0, -2), self.up.to(output.dtype).T)
+
+def adding(up: Tensor, down: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A forward hook for a linear layer: ``output (..., out) + up(down(x))`` in one pass over the output, which may be
+    the widest of the model."""
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        low = F.linear(inputs[0], down.to(inputs[0].dtype)).to(output.dtype)
+        total = torch.addmm(output.flatten(0, -2), low.flatten(0, -2), up.to(output.dtype).T)
         return total.view(output.shape)
+
+    return hook
 
 
 class Offset(nn.Module):
@@ -106,18 +112,11 @@ class Offset(nn.Module):
         handles = []
         try:
             for name, layer in self._named():
-                handles.append(layers[name].register_forward_hook(_adding(layer)))
+                handles.append(layers[name].register_forward_hook(adding(layer.up, layer.down)))
             yield
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _adding(change: LowRank) -> Any:
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return change.added(output, inputs[0])
-
-    return hook
 
 
 @contextmanager
