@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 
 from ..inversion_core.hosts.comfy_inversion import apply_inversion
 from ..inversion_core.learning.files import load_inversion
-from ..inversion_core.learning.plan import Plan
+from ..inversion_core.learning.plan import Framing, Plan
 from ..inversion_core.learning.recipes import APPEARANCE_OBJECTIVES, SITES, Quality
 from .folders import INVERSIONS
 from .inversion_files import save
@@ -126,7 +126,22 @@ class ShapeInversion(io.ComfyNode):
                 "Learns the shape of an object from one to five pictures, free of its colours and textures: a word for "
                 "prompts and a small change of the model's layers. The model itself is not changed."
             ),
-            inputs=_inputs("object", "my-shape", "shape"),
+            inputs=_inputs(
+                "object",
+                "my-shape",
+                "shape",
+                settings=[
+                    io.Combo.Input(
+                        "framing",
+                        options=list(get_args(Framing)),
+                        default="centred",
+                        optional=True,
+                        tooltip="Where the object is while it is learned. centred: in the middle, at one size, for "
+                        "prompts. as pictured: where and as large as it is, for an outline that stays in its place, "
+                        "as beside KV Injection with the same picture.",
+                    )
+                ],
+            ),
             outputs=_outputs(),
         )
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KINDS = ("shape", "appearance", "both", "joint")
-LEARNING = ("augmentation", "lesson", "material", "objectives", "offset", "plan", "token", "trainer")
+LEARNING = ("augmentation", "lesson", "material", "objectives", "offset", "plan", "recipes", "token", "trainer")
 PAIRED = ("ours", "textual inversion", "dreambooth lora")
 """Methods of which a shape and an appearance, learned apart, go into one picture."""
 ALWAYS = ("ours", "textual inversion")

@@ -19,7 +19,7 @@ from inversion_core.learning.lesson import InversionLesson
 from inversion_core.learning.material import Material, prepare
 from inversion_core.learning.model import PROJECTIONS, LearningModel
 from inversion_core.learning.offset import Sites
-from inversion_core.learning.plan import Plan
+from inversion_core.learning.plan import Framing, Plan
 from inversion_core.learning.recipes import APPEARANCE_OBJECTIVES, OFFSET_RATE, TOKEN_RATE, plan_of
 from inversion_core.learning.trainer import Stage, train
 
@@ -68,8 +68,8 @@ def ours(kind: Kind, steps: int) -> Plan:
     return _planned(kind, steps)
 
 
-def _planned(kind: Kind, steps: int, sites: str = "default") -> Plan:
-    return plan_of(kind, TOKENS[kind], CLASS_WORD[kind], steps, sites=sites)
+def _planned(kind: Kind, steps: int, sites: str = "default", framing: Framing = "centred") -> Plan:
+    return plan_of(kind, TOKENS[kind], CLASS_WORD[kind], steps, sites=sites, framing=framing)
 
 
 def _objectives(wanted: Mapping[str, float]) -> Callable[[Kind, int], Plan]:
@@ -122,6 +122,7 @@ METHODS: dict[str, Method] = {
     "textual inversion": Method(_textual_inversion, augmented=False),
     "dreambooth lora": Method(_dreambooth_lora, augmented=False),
     "full fine-tune": Method(_whole, whole=True),
+    "ours: as pictured": Method(partial(_planned, framing="as pictured"), kinds=("shape",)),
     "ours: token alone": Method(_only("token")),
     "ours: offset alone": Method(_only("offset")),
     "ours: picture not varied": Method(ours, augmented=False),

@@ -32,7 +32,7 @@ from ..learning.inversion import Inversion, Kind
 from ..learning.learn import job_of, learn
 from ..learning.material import digest_of, prepare, require_pictures
 from ..learning.model import LearningError
-from ..learning.plan import Plan
+from ..learning.plan import Framing, Plan
 from ..learning.proposal import propose_masks
 from ..learning.recipes import APPEARANCE_OBJECTIVES, NEED_FEATURES, SITES, Quality, plan_of, stages
 from ..learning.token import name_of
@@ -118,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--quality", choices=get_args(Quality), default="balanced", help="what is spent on a step (default: balanced)")
     objectives = [name for name in APPEARANCE_OBJECTIVES if name not in NEED_FEATURES]
     add("--objective", choices=objectives, default="attention", help="for an appearance (default: attention)")
+    add("--framing", choices=get_args(Framing), default="centred", help="where a shape is learned (default: centred)")
     add("--sites", choices=SITES, default="default", help="which layers the offset changes")
     add("--rank", type=int, default=0, help="of the offset (default: as --quality says)")
     add("--learning-rate", type=float, default=0.0, help="of the offset at its highest (default: the kind's own)")
@@ -223,6 +224,7 @@ def _plan(
         sites=options.sites,
         rank=options.rank,
         learning_rate=options.learning_rate,
+        framing=options.framing,
     )
 
 

@@ -41,18 +41,18 @@ class Variant(NamedTuple):
     words: str
 
 
-def with_new_surface(picture: Tensor, mask: Tensor, rng: np.random.Generator) -> Variant:
-    """For a shape: the object in the middle, turned a little, painted anew, on a new background.
-
-    Where and how large it was is no part of a shape, and in the middle is where models draw what they are asked for.
+def with_new_surface(picture: Tensor, mask: Tensor, rng: np.random.Generator, *, centred: bool = True) -> Variant:
+    """For a shape: the object painted anew, on a new background.
 
     Of the object's own light and dark a quarter of the variants keep a random share, at most 0.3: enough that inner
     forms can be learned, too little for a texture.
+
+    Args:
+        centred: whether the object is brought to the middle, at one size, which is where models draw what they are
+            asked for, and turned a little. Otherwise it stays as it is in the picture.
     """
-    theta = _similarity(rng, scale=(0.93, 1.07), shift=0.03, angle=0.1)
-    zoom, centre = _framing(mask)
-    theta = torch.cat([theta[:, :, :2] / zoom, theta[:, :, 2:] / zoom + centre[None, :, None]], dim=2)
-    picture, mask = _moved(picture, theta, "reflection"), _moved(mask, theta, "zeros")
+    if centred:
+        picture, mask = _centred(picture, mask, rng)
     paint, words = _paint(rng, picture.shape[1:], _centre(mask))
     if rng.random() < 0.25:
         light = picture.mean(0, keepdim=True)
@@ -135,6 +135,14 @@ def _framing(mask: Tensor) -> tuple[float, Tensor]:
     extent = max(high - low for low, high in ends)
     middle = torch.tensor([low + high - 1 for low, high in ends])
     return min(max(FILLED / extent, ZOOM[0]), ZOOM[1]), middle
+
+
+def _centred(picture: Tensor, mask: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """The object in the middle, a little turned, moved and scaled."""
+    theta = _similarity(rng, scale=(0.93, 1.07), shift=0.03, angle=0.1)
+    zoom, centre = _framing(mask)
+    theta = torch.cat([theta[:, :, :2] / zoom, theta[:, :, 2:] / zoom + centre[None, :, None]], dim=2)
+    return _moved(picture, theta, "reflection"), _moved(mask, theta, "zeros")
 
 
 def _moved(image: Tensor, theta: Tensor, padding: str) -> Tensor:

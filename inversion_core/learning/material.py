@@ -121,7 +121,7 @@ def _variant(pictures: Tensor, masks: Tensor, plan: Plan, number: int) -> tuple[
     turn, which = divmod(number, len(pictures))
     picture, mask = pictures[which].permute(2, 0, 1).float().cpu(), masks[which][None].float().cpu()
     if plan.kind == "shape":
-        return with_new_surface(picture, mask, rng), TEMPLATES["shape"]
+        return with_new_surface(picture, mask, rng, centred=plan.framing == "centred"), TEMPLATES["shape"]
     if plan.beside and turn % 2:
         return Variant(picture, mask, plan.beside), BESIDE
     return with_new_geometry(picture, mask, rng), TEMPLATES["appearance"]

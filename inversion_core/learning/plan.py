@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from .inversion import Kind
 from .model import LearningError
 from .offset import Sites
 from .token import require_name
 from .trainer import Stage
+
+Framing = Literal["centred", "as pictured"]
+"""Where the variants of a shape have it: in the middle at one size, or where and as large as the picture has it."""
 
 OBJECTIVES = {
     "diffusion": "the diffusion loss as the model was trained, mostly inside the mask",
@@ -39,6 +43,7 @@ class Plan:
         beside: words that stand for what the pictures also show and another, frozen, inversion explains, such as
             ``<chair>``; half of an appearance's variants then keep their geometry, and their prompts name it.
         sites: where the offset goes; None: `offset.SHAPE_SITES` or `offset.APPEARANCE_SITES`.
+        framing: of a shape's variants. An appearance's have no place to keep.
     """
 
     kind: Kind
@@ -51,6 +56,7 @@ class Plan:
     seed: int = 0
     beside: str = ""
     sites: Sites | None = None
+    framing: Framing = "centred"
 
     def __post_init__(self) -> None:
         require_name(self.name)
@@ -58,6 +64,8 @@ class Plan:
             raise LearningError(
                 f"the plan has {len(self.stages)} stages on {self.variants} variants, but needs at least one of each"
             )
+        if self.framing not in get_args(Framing):
+            raise LearningError(f"unknown framing {self.framing!r}: known are {', '.join(get_args(Framing))}")
         for stage in self.stages:
             if not stage.objectives or not stage.objectives.keys() <= OBJECTIVES.keys():
                 raise LearningError(

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from .inversion import Kind
 from .model import PROJECTIONS, LearningError
 from .offset import EVERYWHERE, Sites
-from .plan import Plan
+from .plan import Framing, Plan
 from .trainer import Stage
 
 Quality = Literal["fast", "balanced", "thorough"]
@@ -103,6 +103,7 @@ def plan_of(
     sites: str = "default",
     rank: int = 0,
     learning_rate: float = 0.0,
+    framing: Framing = "centred",
 ) -> Plan:
     """What somebody's settings ask for; see `Plan` and `stages`, which raise LearningError where they make no sense.
 
@@ -124,4 +125,5 @@ def plan_of(
         seed=seed,
         beside=beside,
         sites=SITES[sites][kind],
+        framing=framing,
     )

@@ -103,7 +103,7 @@ def test_the_same_again_is_skipped_and_something_else_needs_a_word(
     assert main(arguments(model, output, folder, "--seed", 1)) == 1
     assert "add --overwrite" in caplog.text
     assert (output / "my-star.safetensors").read_bytes() == before
-    assert main(arguments(model, output, folder, "--seed", 1, "--overwrite")) == 0
+    assert main(arguments(model, output, folder, "--framing", "as pictured", "--overwrite")) == 0
     assert (output / "my-star.safetensors").read_bytes() != before
 
 

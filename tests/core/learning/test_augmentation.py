@@ -120,6 +120,15 @@ def test_a_shape_comes_to_the_middle_at_one_size_wherever_it_was(place: tuple[in
             assert abs(len(side) - min(36, 4 * radius)) <= 5
 
 
+def test_a_shape_stays_where_it_is_if_asked_and_all_else_changes() -> None:
+    picture, mask = disc()
+    found = [with_new_surface(picture, mask, np.random.default_rng(seed), centred=False) for seed in range(16)]
+    assert all(torch.equal(variant.mask, mask) for variant in found)
+    means = torch.stack([mean_inside(variant) for variant in found])
+    corners = torch.stack([variant.picture[:, 0, 0] for variant in found])
+    assert min(float(means.std(0).min()), float(corners.std(0).min())) > 0.1
+
+
 def test_an_appearance_keeps_edges_as_sharp_as_they_were() -> None:
     """Stripes of two tones: tiled and warped, most pixels still have one of them, not a blend."""
     for seed in range(12):

@@ -16,7 +16,7 @@ from inversion_core.learning.lesson import InversionLesson
 from inversion_core.learning.material import Material, digest_of, prepare
 from inversion_core.learning.model import LearningError, Prediction
 from inversion_core.learning.offset import Sites
-from inversion_core.learning.plan import OBJECTIVES, Plan
+from inversion_core.learning.plan import Framing, OBJECTIVES, Plan
 from inversion_core.learning.recipes import APPEARANCE_OBJECTIVES, SPENDING, Quality, plan_of, stages
 from inversion_core.learning.silhouette import mask_embedding
 from inversion_core.learning.trainer import Progress, Stage
@@ -300,6 +300,8 @@ def test_recipes_refuse_what_they_do_not_know() -> None:
         stages("shape", 1, 4, learning_rate=-0.1)
     with pytest.raises(LearningError, match="unknown sites 'hands': known are default, everything"):
         plan_of("shape", "a", "b", 1, sites="hands")
+    with pytest.raises(LearningError, match="unknown framing 'upside down': known are centred, as pictured"):
+        plan_of("shape", "a", "b", 1, framing="upside down")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
@@ -318,6 +320,15 @@ def test_sites_rank_and_rate_of_the_offset_may_be_chosen(kind: Kind, sites: str,
     assert {name.split(".")[1] for name in offset.names} == kinds
     assert {up.shape[1] for up, _ in offset.weights().values()} == {3}
     assert plan.stages[-1].rates["offset"] == 0.5
+
+
+def test_a_shape_as_pictured_is_learned_in_its_place() -> None:
+    """Every variant's mask is the picture's own; centred, none is."""
+    kept = {}
+    for framing in get_args(Framing):
+        found = material(plan_of("shape", "a", "word", 3, "fast", framing=framing))
+        kept[framing] = sum(torch.equal(mask[None], found.reference_masks) for mask in found.masks)
+    assert kept == {"centred": 0, "as pictured": 64}
 
 
 def test_sites_of_another_model_are_refused_with_what_there_is() -> None:
