@@ -16,7 +16,7 @@ from inversion_core.learning.lesson import InversionLesson
 from inversion_core.learning.material import Material, digest_of, prepare
 from inversion_core.learning.model import LearningError, Prediction
 from inversion_core.learning.offset import Sites
-from inversion_core.learning.plan import Framing, OBJECTIVES, Plan
+from inversion_core.learning.plan import OBJECTIVES, Framing, Plan
 from inversion_core.learning.recipes import APPEARANCE_OBJECTIVES, SPENDING, Quality, plan_of, stages
 from inversion_core.learning.silhouette import mask_embedding
 from inversion_core.learning.trainer import Progress, Stage
