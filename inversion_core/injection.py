@@ -25,6 +25,10 @@ class Window:
         if not 0 <= self.start <= self.end <= 1:
             raise ValueError(f"the window is {self.start} to {self.end}, but it must satisfy 0 <= start <= end <= 1")
 
+    def until(self, end: float) -> Window:
+        """What of it lies before a sampling percent."""
+        return Window(min(self.start, end), min(self.end, end))
+
 
 @dataclass(frozen=True, eq=False)
 class Refresh:

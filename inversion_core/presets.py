@@ -68,6 +68,7 @@ class Preset:
         *,
         strength: float = 1.0,
         shape_strength: float = 1.0,
+        shape_end: float = 1.0,
         mask: Tensor | None = None,
         transformer: bool = False,
     ) -> tuple[Injection, ...]:
@@ -78,6 +79,7 @@ class Preset:
             shape: whose layout is kept.
             strength: 0 to 1, of everything; 0 is the untouched model.
             shape_strength: 0 to 1, share of the method's own shape injection.
+            shape_end: sampling percent by which the shape is let go at the latest, 0 to 1; 1 is the method's own end.
             mask: (1, 1, h, w), where the output is edited.
             transformer: whether the model is a diffusion transformer, not a UNet.
 
@@ -88,7 +90,9 @@ class Preset:
             raise ValueError(f"{self.name} needs an appearance reference, but got none: connect one")
         if not 0 <= shape_strength <= 1:
             raise ValueError(f"shape_strength is {shape_strength}, but it must be between 0 and 1")
-        kept = shape if shape_strength > 0 else None
+        if not 0 <= shape_end <= 1:
+            raise ValueError(f"shape_end is {shape_end}, but it must be between 0 and 1")
+        kept = shape if shape_strength > 0 and shape_end > 0 else None
         made = []
         for step in self._on_transformers() if transformer else self.steps:
             own = step.edit.shape_query if self.shape else 1.0
@@ -105,7 +109,7 @@ class Preset:
                     window=step.window,
                     sites=step.sites,
                     shape=kept,
-                    shape_window=step.shape_window,
+                    shape_window=step.shape_window.until(shape_end),
                     shape_sites=step.shape_sites,
                     feature_strength=step.feature_strength * shape_strength,
                     mask=mask,

@@ -80,13 +80,31 @@ class KVInjection(io.ComfyNode):
                     tooltip="Where the result may change. Resized to the latent. Without it, everywhere.",
                 ),
                 Preset.Input("custom", optional=True, tooltip="From Custom Preset: used instead of the one chosen."),
+                share(
+                    "shape_end_percent",
+                    1.0,
+                    "Where the shape is let go at the latest; 1 leaves it to the method. 0.8 brings more of the "
+                    "appearance's texture and a looser outline, which a learned shape makes up for.",
+                    optional=True,
+                    **rarely_changed(),
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The patched model, for the KSampler. The one put in is unchanged.")],
         )
 
     @classmethod
     def execute(
-        cls, model, appearance, preset, strength, shape_strength, color, shape=None, mask=None, custom=None
+        cls,
+        model,
+        appearance,
+        preset,
+        strength,
+        shape_strength,
+        color,
+        shape=None,
+        mask=None,
+        custom=None,
+        shape_end_percent=1.0,
     ) -> io.NodeOutput:
         method = PRESETS[preset] if custom is None else custom
         layout = None if shape is None else single_reference(shape, "the shape")
@@ -96,6 +114,7 @@ class KVInjection(io.ComfyNode):
             layout,
             strength=strength,
             shape_strength=shape_strength,
+            shape_end=shape_end_percent,
             mask=where,
             transformer=of_transformer(model),
         )

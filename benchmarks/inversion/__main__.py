@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KINDS = ("shape", "appearance", "both", "joint")
-LEARNING = ("augmentation", "lesson", "material", "objectives", "offset", "plan", "recipes", "token", "trainer")
+LEARNING = ("augmentation", "lesson", "material", "objectives", "offset", "plan", "token", "trainer")
 PAIRED = ("ours", "textual inversion", "dreambooth lora")
 """Methods of which a shape and an appearance, learned apart, go into one picture."""
 ALWAYS = ("ours", "textual inversion")
@@ -128,7 +128,7 @@ class Bench:
                 alone = [name for name, method in methods.items() if kind in method.kinds]
                 which = {"both": pairs, "joint": WAYS}.get(kind, alone)
                 rows = {name: self._rows(kind, name, min(done, (most or {}).get(name, done))) for name in which}
-                figures[kind] = {name: _mean(some) for name, some in rows.items()}
+                figures[kind] = {name: mean_of(some) for name, some in rows.items()}
             save(figures)
         return figures
 
@@ -137,9 +137,10 @@ class Bench:
             return [self._both(name, index) for index in range(number)]
         if kind == "joint":
             return [self._joint(name, one) for one in newcomers(number, self.tuning)]
-        return [self._one(name, concept) for concept in concepts(kind, number, self.tuning)]  # pyright: ignore[reportArgumentType]
+        return [self.alone(name, concept) for concept in concepts(kind, number, self.tuning)]  # pyright: ignore[reportArgumentType]
 
-    def _one(self, name: str, concept: Any) -> Figures:
+    def alone(self, name: str, concept: Any) -> Figures:
+        """What a method learned of a concept, by prompts with its word; learned now if not before."""
         from inversion_core.learning.files import save_inversion
 
         from . import measures
@@ -168,8 +169,6 @@ class Bench:
         from .methods import BESIDE
 
         pair = [concepts(kind, index + 1, self.tuning)[index] for kind in ("shape", "appearance")]
-        for concept in pair:
-            self._one(name, concept)
 
         def make() -> tuple[Figures, Tensor]:
             wanted = together(pair[0], pair[1], self.prompts)
@@ -179,13 +178,20 @@ class Bench:
         return self._kept(self._file(name, f"both-{BESIDE}", pair[0].seed, "npz"), make)
 
     def applied(self, name: str, learned: Sequence[Concept]) -> DemoModel:
-        """The demo model with what a method learned of some concepts; an appearance beside a shape by `BESIDE`."""
+        """The demo model with what a method learned of some concepts, now if not before; an appearance beside a shape
+        by `BESIDE`."""
         from inversion_core.learning.files import load_inversion
 
         from .methods import applied
 
+        for concept in learned:
+            self.alone(name, concept)
         files = [self._file(name, concept.kind, concept.seed, "safetensors") for concept in learned]
         return applied(self.demo, [load_inversion(file) for file in files])
+
+    def state(self, name: str, kinds: Sequence[str]) -> str:
+        """What tells a method's inversions of these kinds from those of other code or other plans."""
+        return " ".join(str(self._file(name, kind, 0, "").relative_to(ROOT)) for kind in kinds)
 
     def _joint(self, way: str, newcomer: Newcomer) -> Figures:
         """Shape and appearance of one picture."""
@@ -255,7 +261,8 @@ class Bench:
         return Image.fromarray(np.concatenate(rows))
 
 
-def _mean(rows: list[Figures]) -> Figures:
+def mean_of(rows: list[Figures]) -> Figures:
+    """The mean of each figure, and of how many concepts."""
     return {"concepts": len(rows), **{key: float(np.mean([row[key] for row in rows])) for key in rows[0]}}
 
 

@@ -1,15 +1,16 @@
 """``python -m benchmarks.inversion.composed --json FILE``: learned, injected, and both, on the same crossed pairs.
 
-Every judged shape is crossed with some of the judged appearances, and what `benchmarks.inversion` learned of each is
-used: run that first. Measures are those of `benchmarks.quality`.
+Every shape is crossed with some of the appearances. What of them is not learned yet, is; measures are those of
+`benchmarks.quality`. Intervals are over shapes: one more appearance on the same shape is hardly new evidence about an
+outline. Pictures and inversions are kept in `runs/inversion/`, so an interrupted benchmark goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -24,16 +25,22 @@ from demo import world
 comfy_host.ensure_importable()
 
 from benchmarks.quality.__main__ import WORKFLOW, against, markdown, summary  # noqa: E402
+from benchmarks.quality.kept import Kept  # noqa: E402
 from benchmarks.quality.measures import Judges, measure  # noqa: E402
-from benchmarks.quality.methods import Method, Studio, injected, prompted  # noqa: E402
+from benchmarks.quality.methods import Method, Result, Studio, described, injected, prompted  # noqa: E402
 from benchmarks.quality.pairs import Pair  # noqa: E402
 from benchmarks.quality.recolored import recolored  # noqa: E402
-from inversion_core.presets import PRESETS  # noqa: E402
+from inversion_core.injection import Window  # noqa: E402
+from inversion_core.presets import PRESETS, Preset  # noqa: E402
 
-from .__main__ import Bench  # noqa: E402
-from .concepts import TOKENS, Concept, concepts  # noqa: E402
-from .tables import write_table  # noqa: E402
+from .__main__ import Bench, Figures, mean_of  # noqa: E402
+from .concepts import TOKENS, TUNING_SEED, Concept  # noqa: E402
+from .tables import table_of, write_table  # noqa: E402
 
+FIRST_SEED = 430_000
+"""Judged concepts, which neither this benchmark nor `benchmarks.inversion` has seen before."""
+LOOKS = len(world.COLOURS)
+"""Appearances: one of each colour."""
 CROSSINGS = 4
 """Appearances that each shape is crossed with."""
 SHOWN = 6
@@ -57,25 +64,29 @@ class Crossed(Pair):
         return self.look_of.factors
 
 
-def crossed(number: int, tuning: bool) -> list[Crossed]:
-    """Each of so many shapes with `CROSSINGS` of as many appearances."""
-    shapes, looks = concepts("shape", number, tuning), concepts("appearance", number, tuning)
+def crossed(shapes: int, tuning: bool) -> list[Crossed]:
+    """So many shapes, each with `CROSSINGS` appearances."""
+    first, noise = (TUNING_SEED, 700_000) if tuning else (FIRST_SEED, 720_000)
     return [
-        Crossed(700_000 + 100 * i + k, shapes[i], looks[(i + k) % number])
-        for i in range(number)
-        for k in range(min(CROSSINGS, number))
+        Crossed(
+            noise + 100 * shape + k,
+            Concept("shape", first + shape),
+            Concept("appearance", first + (3 * shape + k) % LOOKS),
+        )
+        for shape in range(shapes)
+        for k in range(CROSSINGS)
     ]
 
 
 def said(*kinds: str) -> Callable[[Pair], str]:
     """A prompt that says the learned words of these kinds, and plain ones in the others' place."""
+    return partial(_said, kinds)
 
-    def words(pair: Pair) -> str:
-        look = f"<{TOKENS['appearance']}> " if "appearance" in kinds else ""
-        shape = f"<{TOKENS['shape']}>" if "shape" in kinds else "shape"
-        return f"a {look}{shape} on {pair.a.background}"
 
-    return words
+def _said(kinds: Sequence[str], pair: Pair) -> str:
+    look = f"<{TOKENS['appearance']}> " if "appearance" in kinds else ""
+    shape = f"<{TOKENS['shape']}>" if "shape" in kinds else "shape"
+    return f"a {look}{shape} on {pair.a.background}"
 
 
 @dataclass(frozen=True)
@@ -92,26 +103,37 @@ def _alone(kinds: tuple[str, ...] = (), by: str = "ours") -> Row:
     return Row(partial(prompted, said(*kinds)), by, kinds)
 
 
-def _beside(kinds: tuple[str, ...] = (), by: str = "ours") -> Row:
-    """Beside what the workflow *learned_and_injected* does: `default` on a shape of one colour, then Color Match."""
-    made = partial(injected, PRESETS["default"], words=said(*kinds), shape="flat a")
-    return Row(partial(recolored, made), by, kinds)
+def _workflow(words: Callable[[Pair], str], preset: Preset = PRESETS["default"]) -> Method:
+    """The best training-free combination (docs/findings.md): `default` on a shape of one colour, then Color Match."""
+    return partial(recolored, partial(injected, preset, words=words, shape="flat a"))
 
 
-BOTH = ("shape", "appearance")
+def _beside(kinds: tuple[str, ...] = (), by: str = "ours", preset: Preset = PRESETS["default"]) -> Row:
+    """Beside what the workflow *learned_and_injected* does."""
+    return Row(_workflow(said(*kinds), preset), by, kinds)
+
+
+SHAPE, BOTH = ("shape",), ("shape", "appearance")
+PLACED = "ours: as pictured"
+LOOSER = replace(
+    PRESETS["default"],
+    steps=tuple(replace(step, shape_window=Window(0.0, 0.8)) for step in PRESETS["default"].steps),
+)
+"""Lets the shape go for the last fifth of the sampling."""
 ROWS: dict[str, Row] = {
     "prompt only": _alone(),
     "textual inversion of both": _alone(BOTH, "textual inversion"),
     "learned both": _alone(BOTH),
-    "default": Row(partial(injected, PRESETS["default"])),
-    "default + learned shape": Row(partial(injected, PRESETS["default"], words=said("shape")), kinds=("shape",)),
     WORKFLOW: _beside(),
-    "workflow + textual inversion of the shape": _beside(("shape",), "textual inversion"),
-    "workflow + learned shape": _beside(("shape",)),
+    "workflow, full prompt": Row(_workflow(described)),
+    "workflow + textual inversion of the shape": _beside(SHAPE, "textual inversion"),
+    "workflow + learned shape": _beside(SHAPE),
+    "workflow + shape learned as pictured": _beside(SHAPE, PLACED),
+    "workflow, shape until 80 %": _beside(preset=LOOSER),
+    "workflow, shape until 80 % + shape learned as pictured": _beside(SHAPE, PLACED, LOOSER),
     "workflow + learned look": _beside(("appearance",)),
     "workflow + learned both": _beside(BOTH),
 }
-"""*workflow* is the best training-free combination (docs/findings.md): `default`, `flatten`, AdaIN Color Match."""
 
 
 def main() -> None:
@@ -119,43 +141,75 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="where to write the figures")
     parser.add_argument("--docs", type=Path, help="a page whose <!-- composed --> table is to be replaced")
     parser.add_argument("--sheet", type=Path, help="where to save some of the pictures as one image")
-    parser.add_argument("--concepts", type=int, default=8, help="of each kind")
+    parser.add_argument("--shapes", type=int, default=12)
     parser.add_argument("--steps", type=int, default=200, help="of learning, as of benchmarks.inversion")
     parser.add_argument("--prompts", type=int, default=12, help="as of benchmarks.inversion")
     parser.add_argument("--tuning", action="store_true", help="the tuning concepts: values may be chosen on them")
     options = parser.parse_args()
+    pairs = crossed(options.shapes, options.tuning)
     with torch.inference_mode():
         bench = Bench(options.steps, options.prompts, options.tuning)
-        rows, sheet = composed(bench, crossed(options.concepts, options.tuning))
+        rows, sheet = composed(bench, pairs)
+        alone = by_words(bench, pairs)
     led = against(against(rows, "outline_lead", "boundary_f", WORKFLOW), "look_lead", "appearance", WORKFLOW)
-    table = summary(led)
-    text = markdown(table, len(next(iter(rows.values()))))
-    options.json.write_text(json.dumps({"pairs": len(sheet), "methods": table}, indent=2) + "\n", encoding="utf-8")
+    table = summary({name: by_shape(figures, pairs) for name, figures in led.items()})
+    for row in table.values():
+        row["pairs"] = len(pairs)
+    text = markdown(table, len(pairs))
+    found = {"pairs": len(pairs), "shapes": options.shapes, "methods": table, "alone": alone}
+    options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     if options.docs is not None:
         write_table("composed", text.rstrip("\n"), options.docs)
+        write_table("alone", table_of("shape", alone), options.docs)
     if options.sheet is not None:
         every = max(1, len(sheet) // SHOWN)
         pixels = np.concatenate([np.concatenate(row, axis=1) for row in sheet[::every][:SHOWN]])
         Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8)).save(options.sheet, quality=90)
-    print(text)
+    print(text + "\n" + table_of("shape", alone))
 
 
-def composed(bench: Bench, pairs: list[Crossed]) -> tuple[dict[str, list[dict[str, float]]], list[list[np.ndarray]]]:
+def composed(bench: Bench, pairs: Sequence[Crossed]) -> tuple[dict[str, list[Figures]], list[list[np.ndarray]]]:
     """Figures of every row on every pair, and of every pair A, B, the true answer and the pictures."""
     judges = Judges.load()
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in ROWS}
+    methods = {name: partial(_drawn, row.method, bench.state(row.by, row.kinds)) for name, row in ROWS.items()}
+    kept = Kept(bench.folder / "composed", methods, "UNet")
+    found: dict[str, list[Figures]] = {name: [] for name in ROWS}
     sheet = []
     for pair in tqdm(pairs, mininterval=5):
         shown = [pair.shape.image, pair.appearance.image, pair.truth.image]
         for name, row in ROWS.items():
-            of = {"shape": pair.shape_of, "appearance": pair.look_of}
-            studio = Studio(bench.applied(row.by, [of[kind] for kind in row.kinds]))
-            result = row.method(studio, pair)
-            figures = measure(result.picture, pair, judges)
+            result = kept.result(name, pair.seed)
+            if result is None:
+                of = {"shape": pair.shape_of, "appearance": pair.look_of}
+                studio = Studio(bench.applied(row.by, [of[kind] for kind in row.kinds]))
+                result = kept.add(name, pair.seed, methods[name](studio, pair))
+            figures = kept.figures(name, pair.seed)
+            if figures is None:
+                figures = kept.add_figures(name, pair.seed, measure(result.picture, pair, judges))
             found[name].append({**figures, "rows": result.rows, "seconds": result.seconds})
             shown.append(result.picture.numpy())
         sheet.append(shown)
     return found, sheet
+
+
+def _drawn(method: Method, learned: str, studio: Studio, pair: Pair) -> Result:
+    """A row's picture; `learned` says what it was made with, so that `Kept` tells it from others."""
+    return method(studio, pair)
+
+
+def by_words(bench: Bench, pairs: Sequence[Crossed]) -> dict[str, Figures]:
+    """What each way to learn made of these shapes, by prompts with its word."""
+    shapes = {pair.shape_of.seed: pair.shape_of for pair in pairs}.values()
+    ways = dict.fromkeys(row.by for row in ROWS.values() if "shape" in row.kinds)
+    return {way: mean_of([bench.alone(way, shape) for shape in shapes]) for way in ways}
+
+
+def by_shape(figures: Sequence[Figures], pairs: Sequence[Crossed]) -> list[Figures]:
+    """The mean figures of each shape's pairs."""
+    of: dict[int, list[Figures]] = {}
+    for one, pair in zip(figures, pairs, strict=True):
+        of.setdefault(pair.shape_of.seed, []).append(one)
+    return [{key: float(np.mean([one[key] for one in some])) for key in some[0]} for some in of.values()]
 
 
 if __name__ == "__main__":

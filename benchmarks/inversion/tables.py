@@ -42,7 +42,7 @@ WHOLE = ("concepts", "steps")
 
 def tables(figures: dict[str, Any]) -> dict[str, str]:
     """Kind -> Markdown."""
-    return {kind: _table(kind, figures[kind]) for kind in COLUMNS if kind in figures}
+    return {kind: table_of(kind, figures[kind]) for kind in COLUMNS if kind in figures}
 
 
 def write_tables(figures: dict[str, Any], page: Path) -> None:
@@ -59,7 +59,8 @@ def write_table(name: str, table: str, page: Path) -> None:
     page.write_text(f"{before}{start}{table}\n{end}{after}", encoding="utf-8")
 
 
-def _table(kind: str, methods: dict[str, dict[str, float]]) -> str:
+def table_of(kind: str, methods: dict[str, dict[str, float]]) -> str:
+    """Markdown: a row for each method."""
     head = [kind, *COLUMNS[kind]]
     body = [
         [name, *(f"{row[key]:.0f}" if key in WHOLE else f"{row[key]:.2f}" for key in COLUMNS[kind])]

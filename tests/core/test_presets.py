@@ -90,6 +90,20 @@ def test_shape_strength_scales_all_of_the_shape_and_strength_all(preset: Preset)
     assert all(one.shape is None for one in preset.injections([A], B, shape_strength=0.0))
 
 
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_a_shape_may_be_let_go_before_the_method_would(preset: Preset) -> None:
+    whole = preset.injections([A], B)
+    early, late = (preset.injections([A], B, shape_end=end) for end in (0.5, 0.95))
+    for own, less, more in zip(whole, early, late, strict=True):
+        assert (less.shape_window.start, less.shape_window.end) == (own.shape_window.start, 0.5)
+        assert more.shape_window.end == min(own.shape_window.end, 0.95)
+        assert less.window == more.window == own.window
+    assert all(one.shape is None for one in preset.injections([A], B, shape_end=0.0))
+    assert [one.shape_window for one in preset.injections([A], B, shape_end=1.0)] == [o.shape_window for o in whole]
+    with pytest.raises(ValueError, match=r"shape_end is -0\.1.*between 0 and 1"):
+        preset.injections([A], B, shape_end=-0.1)
+
+
 def test_a_preset_needs_an_appearance_and_a_share() -> None:
     with pytest.raises(ValueError, match="masactrl needs an appearance reference"):
         PRESETS["masactrl"].injections([])

@@ -8,16 +8,17 @@ import pytest
 import torch
 
 from benchmarks.appearance_loss import probe
+from benchmarks.inversion import composed as composed_pairs
 from benchmarks.inversion import joint, methods
 from benchmarks.inversion.__main__ import Bench, fewest
-from benchmarks.inversion.composed import crossed, said
-from benchmarks.inversion.concepts import concepts, newcomers, together
+from benchmarks.inversion.composed import LOOKS, ROWS, by_shape, composed, crossed, said
+from benchmarks.inversion.concepts import Concept, concepts, newcomers, together
 from benchmarks.inversion.measures import appearance_figures, shape_figures
 from benchmarks.inversion.tables import tables
 from demo import world
 from demo.generate import generate
 from demo.judge import Judge
-from demo.model import load_demo_model
+from demo.model import DemoModel, load_demo_model
 from inversion_core.learning.inversion import Kind
 from inversion_core.learning.plan import Plan
 
@@ -64,7 +65,7 @@ def test_prompts_say_something_else_about_all_but_the_concept() -> None:
 def test_dear_methods_may_have_fewer_concepts_and_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     bench = Bench(steps=2, prompts=1, tuning=True)
     bench.folder = tmp_path
-    monkeypatch.setattr(bench, "_one", lambda name, concept: {"appearance": float(concept.seed % 10), "steps": 2})
+    monkeypatch.setattr(bench, "alone", lambda name, concept: {"appearance": float(concept.seed % 10), "steps": 2})
     assert bench.run(["appearance"], "ours: attention on mask alone", 1)["appearance"] == {}
     found = bench.run(["appearance"], "ours, textual inversion", 3, fewest(["textual inversion=1"]))["appearance"]
     assert (found["ours"]["concepts"], found["ours"]["appearance"]) == (3, 1)
@@ -133,6 +134,7 @@ def test_both_are_learned_from_one_picture(way: str, monkeypatch: pytest.MonkeyP
 def test_crossed_pairs_have_the_shape_of_the_one_and_the_look_of_the_other() -> None:
     pairs = crossed(8, tuning=False)
     assert len({pair.seed for pair in pairs}) == len({(pair.shape_of.seed, pair.look_of.seed) for pair in pairs}) == 32
+    assert len({pair.b.appearance.colour for pair in pairs}) == LOOKS
     for pair in pairs:
         assert pair.a == pair.shape_of.factors
         assert pair.b == pair.look_of.factors
@@ -140,6 +142,45 @@ def test_crossed_pairs_have_the_shape_of_the_one_and_the_look_of_the_other() -> 
         assert np.array_equal(pair.truth.image, world.render(truth).image)
     assert said("shape", "appearance")(pairs[0]) == f"a <look> <form> on {pairs[0].a.background}"
     assert said()(pairs[0]) == f"a shape on {pairs[0].a.background}"
+
+
+def test_what_is_judged_together_was_neither_tuned_on_nor_judged_alone() -> None:
+    pairs = crossed(12, tuning=False)
+    seen = {one.seed for tuning in (False, True) for one in concepts("shape", 1000, tuning)}
+    assert not seen & {one.seed for pair in pairs for one in (pair.shape_of, pair.look_of)}
+    assert not {pair.seed for pair in pairs} & {pair.seed for pair in crossed(100, tuning=True)}
+
+
+def test_intervals_are_over_shapes() -> None:
+    pairs = crossed(2, tuning=True)
+    figures = [{"x": float(one)} for one in (0, 1, 2, 3, 10, 10, 10, 10)]
+    assert by_shape(figures, pairs) == [{"x": 1.5}, {"x": 10.0}]
+
+
+def test_what_was_composed_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures stay as long as what was learned does; a row that needs nothing learned asks for nothing."""
+    rows = {name: ROWS[name] for name in ("prompt only", "workflow + learned shape")}
+    monkeypatch.setattr(composed_pairs, "ROWS", rows)
+    bench = Bench(2, 1, tuning=True)
+    bench.folder, learned = tmp_path, []
+
+    def applied(name: str, of: list[Concept]) -> DemoModel:
+        learned.append((name, [one.seed for one in of]))
+        return load_demo_model()
+
+    monkeypatch.setattr(bench, "applied", applied)
+    (pair, *_) = crossed(1, tuning=True)
+    with torch.inference_mode():
+        found, ((*_, first, second),) = composed(bench, [pair])
+        again, ((*_, kept, _),) = composed(bench, [pair])
+    assert learned == [("ours", []), ("ours", [pair.shape_of.seed])]
+    assert found == again
+    assert np.array_equal(first, kept)
+    assert not np.array_equal(first, second)
+    monkeypatch.setattr(bench, "state", lambda name, kinds: f"another {kinds}")
+    with torch.inference_mode():
+        composed(bench, [pair])
+    assert len(learned) == 4
 
 
 def test_a_probe_finds_what_is_linear_and_nothing_where_there_is_nothing() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import appearance_loss, color, correspondence, demo_model
-from benchmarks.inversion import concepts
+from benchmarks.inversion import composed, concepts
 from benchmarks.quality import kept, methods, state
 from benchmarks.quality.__main__ import _methods, against, fewest, markdown, summary
 from benchmarks.quality.groups import ATTENTION, DIT_PAGE, GROUPS, OURS, PLACED, TABLE, UNET_ONLY
@@ -227,7 +227,7 @@ def test_no_judged_picture_was_trained_on_tuned_on_or_drawn_by_another_benchmark
         range(judge.FIRST_SEED, judge.FIRST_SEED + judge.BATCH * steps),
         range(vit.FIRST_SEED, vit.FIRST_SEED + 2 * vit.BATCH * steps),
     }
-    modules = (appearance_loss, color, correspondence, demo_model, concepts)
+    modules = (appearance_loss, color, composed, correspondence, demo_model, concepts)
     others = {range(module.FIRST_SEED, module.FIRST_SEED + 10_000) for module in modules}
     for judged in drawn(pairs(1, tuning=False)[0].seed):
         for seeds in trained | others | drawn(pairs(1, tuning=True)[0].seed):
