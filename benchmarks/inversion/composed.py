@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="where to write the figures")
     parser.add_argument("--docs", type=Path, help="a page whose <!-- composed --> table is to be replaced")
     parser.add_argument("--sheet", type=Path, help="where to save some of the pictures as one image")
-    parser.add_argument("--shapes", type=int, default=12)
+    parser.add_argument("--shapes", type=int, default=16)
     parser.add_argument("--steps", type=int, default=200, help="of learning, as of benchmarks.inversion")
     parser.add_argument("--prompts", type=int, default=12, help="as of benchmarks.inversion")
     parser.add_argument("--tuning", action="store_true", help="the tuning concepts: values may be chosen on them")

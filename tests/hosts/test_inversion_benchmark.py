@@ -145,7 +145,7 @@ def test_crossed_pairs_have_the_shape_of_the_one_and_the_look_of_the_other() -> 
 
 
 def test_what_is_judged_together_was_neither_tuned_on_nor_judged_alone() -> None:
-    pairs = crossed(12, tuning=False)
+    pairs = crossed(16, tuning=False)
     seen = {one.seed for tuning in (False, True) for one in concepts("shape", 1000, tuning)}
     assert not seen & {one.seed for pair in pairs for one in (pair.shape_of, pair.look_of)}
     assert not {pair.seed for pair in pairs} & {pair.seed for pair in crossed(100, tuning=True)}
