@@ -191,7 +191,7 @@ class Bench:
 
     def state(self, name: str, kinds: Sequence[str]) -> str:
         """What tells a method's inversions of these kinds from those of other code or other plans."""
-        return " ".join(str(self._file(name, kind, 0, "").relative_to(ROOT)) for kind in kinds)
+        return " ".join([self.folder.name, *(self._file(name, kind, 0, "").stem for kind in kinds)])
 
     def _joint(self, way: str, newcomer: Newcomer) -> Figures:
         """Shape and appearance of one picture."""
