@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.fewer import fewest
 from demo import comfy as comfy_host
 from demo.weights import FOLDER
 from inversion_core.learning.inversion import Kind
@@ -54,7 +55,7 @@ def main() -> None:
         "--fewer",
         nargs="+",
         default=[],
-        metavar="METHOD=CONCEPTS",
+        metavar="NAME=COUNT",
         help="methods for the first concepts only; 'others': all but ours and textual inversion",
     )
     parser.add_argument("--steps", type=int, default=200, help="of learning, the same for every method")
@@ -71,7 +72,7 @@ def main() -> None:
             kinds,
             options.methods,
             options.concepts,
-            fewest(options.fewer),
+            fewest(options.fewer, fewer()),
             lambda found: options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8"),
         )
     from .tables import tables, write_tables
@@ -266,20 +267,13 @@ def mean_of(rows: list[Figures]) -> Figures:
     return {"concepts": len(rows), **{key: float(np.mean([row[key] for row in rows])) for key in rows[0]}}
 
 
-def fewest(asked: list[str]) -> dict[str, int]:
-    """By method, how many concepts it is for at most, from ``METHOD=CONCEPTS``; later ones count."""
+def fewer() -> dict[str, list[str]]:
+    """What ``--fewer`` may name."""
     from .joint import WAYS
     from .methods import METHODS
 
     every = (*METHODS, *WAYS)
-    found: dict[str, int] = {}
-    for one in asked:
-        name, _, count = one.rpartition("=")
-        if name not in (*every, "others") or not count.isdigit() or int(count) < 1:
-            raise SystemExit(f"--fewer: {one!r} is no METHOD=CONCEPTS with others or one of {', '.join(every)}")
-        meant = [other for other in every if other not in ALWAYS] if name == "others" else [name]
-        found |= dict.fromkeys(meant, int(count))
-    return found
+    return {**{name: [name] for name in every}, "others": [name for name in every if name not in ALWAYS]}
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from benchmarks.fewer import fewest
 from demo import comfy as comfy_host
 
 from .sheets import sheet
@@ -50,7 +51,7 @@ def main() -> None:
     )
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument(
-        "--fewer", nargs="+", default=[], metavar="NAME=PAIRS", help="groups or methods for the first pairs only"
+        "--fewer", nargs="+", default=[], metavar="NAME=COUNT", help="groups or methods for the first pairs only"
     )
     parser.add_argument("--tuning", action="store_true", help="the tuning pairs instead: values may be chosen on them")
     options = parser.parse_args()
@@ -69,7 +70,7 @@ def main() -> None:
     judges = Judges.load()
     for network in options.network:
         chosen = _methods(options.only, network)
-        most = fewest(options.fewer)
+        most = fewest(options.fewer, fewer())
         kept = Kept(ROOT / "runs" / "quality", chosen, network)
         found: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
         with torch.inference_mode():
@@ -131,18 +132,14 @@ def against(
     }
 
 
-def fewest(asked: list[str]) -> dict[str, int]:
-    """By method, how many pairs it is for at most, from ``NAME=PAIRS``: a group or a method; later ones count."""
+def fewer() -> dict[str, list[str]]:
+    """What ``--fewer`` may name: groups, and methods."""
     from .groups import GROUPS
 
-    found: dict[str, int] = {}
-    for one in asked:
-        name, _, count = one.rpartition("=")
-        methods = GROUPS.get(name) or [method for group in GROUPS.values() for method in group if method == name]
-        if not methods or not count.isdigit():
-            raise SystemExit(f"--fewer: {one!r} is no NAME=PAIRS, with a method or a group ({', '.join(GROUPS)})")
-        found |= dict.fromkeys(methods, int(count))
-    return found
+    return {
+        **{method: [method] for group in GROUPS.values() for method in group},
+        **{k: [*v] for k, v in GROUPS.items()},
+    }
 
 
 def _methods(only: str | None, network: str) -> dict[str, Any]:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from benchmarks.appearance_loss import probe
+from benchmarks.fewer import fewest
 from benchmarks.inversion import composed as composed_pairs
 from benchmarks.inversion import joint, methods
-from benchmarks.inversion.__main__ import Bench, fewest
+from benchmarks.inversion.__main__ import Bench, fewer
 from benchmarks.inversion.composed import LOOKS, ROWS, by_shape, composed, crossed, said
 from benchmarks.inversion.concepts import Concept, concepts, newcomers, together
 from benchmarks.inversion.measures import appearance_figures, shape_figures
@@ -67,15 +68,17 @@ def test_dear_methods_may_have_fewer_concepts_and_say_so(monkeypatch: pytest.Mon
     bench.folder = tmp_path
     monkeypatch.setattr(bench, "alone", lambda name, concept: {"appearance": float(concept.seed % 10), "steps": 2})
     assert bench.run(["appearance"], "ours: attention on mask alone", 1)["appearance"] == {}
-    found = bench.run(["appearance"], "ours, textual inversion", 3, fewest(["textual inversion=1"]))["appearance"]
+    found = bench.run(["appearance"], "ours, textual inversion", 3, fewest(["textual inversion=1"], fewer()))[
+        "appearance"
+    ]
     assert (found["ours"]["concepts"], found["ours"]["appearance"]) == (3, 1)
     assert (found["textual inversion"]["concepts"], found["textual inversion"]["appearance"]) == (1, 0)
-    asked = fewest(["others=1", "joint=2"])
+    asked = fewest(["others=1", "joint=2"], fewer())
     assert not {"ours", "textual inversion"} & set(asked)
     assert (asked["dreambooth lora"], asked["joint"]) == (1, 2)
     for wrong in ("ours", "ours=0", "mine=2"):
         with pytest.raises(SystemExit, match=f"--fewer: '{wrong}'"):
-            fewest([wrong])
+            fewest([wrong], fewer())
 
 
 def test_a_method_is_for_the_kinds_it_means_something_for() -> None:

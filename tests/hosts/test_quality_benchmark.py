@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from benchmarks import appearance_loss, color, correspondence, demo_model
+from benchmarks.fewer import fewest
 from benchmarks.inversion import composed, concepts
 from benchmarks.quality import kept, methods, state
-from benchmarks.quality.__main__ import _methods, against, fewest, markdown, summary
+from benchmarks.quality.__main__ import _methods, against, fewer, markdown, summary
 from benchmarks.quality.groups import ATTENTION, DIT_PAGE, GROUPS, OURS, PLACED, TABLE, UNET_ONLY
 from benchmarks.quality.measures import MEASURES, Judges, measure
 from benchmarks.quality.methods import Studio
@@ -209,11 +210,11 @@ def test_a_row_of_fewer_pairs_says_so() -> None:
 
 
 def test_groups_may_be_given_fewer_pairs() -> None:
-    assert fewest(["placed=16"]) == dict.fromkeys(PLACED, 16)
-    assert fewest(["attention=16", "default=32"]) == {**dict.fromkeys(ATTENTION, 16), "default": 32}
-    for wrong in ("placed", "placed=some", "nobody=3"):
+    assert fewest(["placed=16"], fewer()) == dict.fromkeys(PLACED, 16)
+    assert fewest(["attention=16", "default=32"], fewer()) == {**dict.fromkeys(ATTENTION, 16), "default": 32}
+    for wrong in ("placed", "placed=some", "placed=0", "nobody=3"):
         with pytest.raises(SystemExit, match=wrong):
-            fewest([wrong])
+            fewest([wrong], fewer())
 
 
 def test_no_judged_picture_was_trained_on_tuned_on_or_drawn_by_another_benchmark() -> None:
