@@ -1,7 +1,7 @@
 """What `--only` chooses among: the methods with the values that are judged, or that values were chosen among.
 
 A row that needs a training first belongs into a group of its own, made by functions of a module of its own, and may be
-given fewer pairs (``--fewer NAME=PAIRS``).
+given fewer pairs (``--fewer NAME=COUNT``).
 """
 
 from __future__ import annotations
