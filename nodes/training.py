@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..inversion_core.features import FeatureExtractor
 from ..inversion_core.fingerprint import weights_fingerprint
+from ..inversion_core.hosts.comfy_guides import guides_of, needs_features
 from ..inversion_core.hosts.comfy_inversion import knows_word
 from ..inversion_core.hosts.comfy_learning import fingerprint, learning_model
 from ..inversion_core.learning import recipes
@@ -33,7 +34,6 @@ from ..inversion_core.learning.plan import Plan
 from ..inversion_core.learning.proposal import propose_masks
 from ..inversion_core.learning.token import name_of
 from ..inversion_core.learning.trainer import History, Progress
-from .guides import guides_of, needs_features
 from .inversion_files import finished, unfinished
 from .loss_plot import loss_plot
 from .picture_mask import picture_mask

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from demo import world
 from demo.model import DemoModel, load_demo_model
+from demo.vit import BACKBONE
+from demo.weights import FOLDER
+from inversion_core.features import Backbone, TimmExtractor, load
+from inversion_core.hosts.comfy_guides import guides_of, needs_features
 from inversion_core.hosts.comfy_inversion import apply_inversion
 from inversion_core.hosts.comfy_learning import learning_model
 from inversion_core.learning.inversion import Inversion, Kind
@@ -134,7 +138,11 @@ METHODS: dict[str, Method] = {
     "ours: attention on mask alone": Method(_objectives({"attention_on_mask": 1.0}), kinds=("shape",)),
     "ours: attention distillation alone": Method(_objectives({"attention_distillation": 1.0}), kinds=("appearance",)),
     "ours: moments alone": Method(_objectives({"moments": 1.0}), kinds=("appearance",)),
-    "ours: diffusion loss and moments": Method(_objectives(APPEARANCE_OBJECTIVES["moments"]), kinds=("appearance",)),
+    "ours: features alone": Method(_objectives({"features": 1.0}), kinds=("appearance",)),
+    **{
+        f"ours: diffusion loss and {name}": Method(_objectives(APPEARANCE_OBJECTIVES[name]), kinds=("appearance",))
+        for name in ("moments", "features", "token_mse")
+    },
 }
 
 
@@ -145,14 +153,17 @@ def learned(method: Method, concept: Concept, steps: int, demo: DemoModel) -> Le
         demo = load_demo_model()
     material = _material(method, plan, concept, demo)
     batch = plan.stages[0].batch
-    with learning_model(demo.model, demo.clip, [batch, *material.latents.shape[1:]]) as opened:
+    with (
+        learning_model(demo.model, demo.clip, [batch, *material.latents.shape[1:]]) as opened,
+        guides_of(_extractor(plan), plan, opened, demo.vae, *_pictured(concept)) as guides,
+    ):
         if method.whole:
             lesson = _WholeLesson(opened, material, plan, demo.model.model.diffusion_model)
             history = train(lesson, plan.stages, micro_batch=batch)
             # In place of an offset the model itself has changed.
             inversion = replace(lesson.inversion({}), offset={})
         else:
-            inversion, history = learn(opened, material, plan, micro_batch=batch)
+            inversion, history = learn(opened, material, plan, guides=guides, micro_batch=batch)
     done = len(next(iter(history.losses.values())))
     return Learned(applied(demo, [inversion]), None if method.whole else inversion, done)
 
@@ -170,13 +181,24 @@ def _material(method: Method, plan: Plan, concept: Concept, demo: DemoModel) -> 
     def encode(pictures: Tensor) -> Tensor:
         return demo.model.model.process_latent_in(demo.vae.encode(pictures))
 
-    rendered = world.render(concept.factors)
-    picture, mask = torch.from_numpy(rendered.image)[None], torch.from_numpy(rendered.mask)[None]
+    picture, mask = _pictured(concept)
     if method.augmented:
         return prepare(encode, picture, mask, plan)
     found = prepare(encode, picture, mask, replace(plan, variants=1))
     prompts = tuple(template.format(token=f"<{plan.name}>") for template in TEMPLATES[plan.kind])
     return replace(found, latents=found.reference, masks=torch.ones_like(found.reference_masks), prompts=(prompts,))
+
+
+def _pictured(concept: Concept) -> tuple[Tensor, Tensor]:
+    """The concept's picture (1, H, W, 3) and its mask (1, H, W)."""
+    rendered = world.render(concept.factors)
+    return torch.from_numpy(rendered.image)[None], torch.from_numpy(rendered.mask)[None]
+
+
+def _extractor(plan: Plan) -> TimmExtractor | None:
+    """The demo's own ViT, for a plan that learns by what it sees."""
+    backbone = Backbone(**BACKBONE)
+    return TimmExtractor(load(backbone, FOLDER / backbone.file), backbone) if needs_features(plan) else None
 
 
 class _WholeLesson(InversionLesson):

@@ -1,21 +1,26 @@
 """The benchmark of inversions: its truth, its scale, and that it goes on where it stopped."""
 
+import json
+import runpy
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks.appearance_loss import probe
 from benchmarks.fewer import fewest
-from benchmarks.inversion import composed as composed_pairs
+from benchmarks.inversion import crossed as crossings
 from benchmarks.inversion import joint, methods
 from benchmarks.inversion.__main__ import Bench, fewer
-from benchmarks.inversion.composed import LOOKS, ROWS, by_shape, composed, crossed, said
 from benchmarks.inversion.concepts import Concept, concepts, newcomers, together
+from benchmarks.inversion.crossed import LOOKS, ROWS, by_shape, composed, crossed, said
 from benchmarks.inversion.measures import appearance_figures, shape_figures
-from benchmarks.inversion.tables import tables
+from benchmarks.inversion.tables import COLUMNS, tables
 from demo import world
 from demo.generate import generate
 from demo.judge import Judge
@@ -163,7 +168,7 @@ def test_intervals_are_over_shapes() -> None:
 def test_what_was_composed_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures stay as long as what was learned does; a row that needs nothing learned asks for nothing."""
     rows = {name: ROWS[name] for name in ("prompt only", "workflow + learned shape")}
-    monkeypatch.setattr(composed_pairs, "ROWS", rows)
+    monkeypatch.setattr(crossings, "ROWS", rows)
     bench = Bench(2, 1, tuning=True)
     bench.folder, learned = tmp_path, []
 
@@ -184,6 +189,36 @@ def test_what_was_composed_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with torch.inference_mode():
         composed(bench, [pair])
     assert len(learned) == 4
+
+
+def test_the_command_writes_figures_tables_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run as a program, where what a module defines itself would be known by another name."""
+    monkeypatch.setattr(crossings, "ROWS", {name: ROWS[name] for name in ("prompt only", "workflow + learned shape")})
+    monkeypatch.setattr(crossings, "CROSSINGS", 1)
+    monkeypatch.setattr(Bench, "applied", lambda *_: load_demo_model())
+    figures = {key: 0.25 for key in COLUMNS["shape"] if key != "concepts"}
+    monkeypatch.setattr(Bench, "alone", lambda *_: figures)
+    begin = Bench.__init__
+
+    def begun(bench: Bench, *arguments: Any) -> None:
+        begin(bench, *arguments)
+        bench.folder = tmp_path
+
+    monkeypatch.setattr(Bench, "__init__", begun)
+    made, page, sheet = tmp_path / "found.json", tmp_path / "page.md", tmp_path / "sheet.jpg"
+    page.write_text("<!-- composed -->\n<!-- end of composed -->\n<!-- alone -->\n<!-- end of alone -->\n", "utf-8")
+    words = ["--steps", "2", "--prompts", "1", "--shapes", "2", "--tuning"]
+    words += ["--json", str(made), "--docs", str(page), "--sheet", str(sheet)]
+    monkeypatch.setattr(sys, "argv", ["composed", *words])
+    runpy.run_module("benchmarks.inversion.composed", run_name="__main__")
+    found = json.loads(made.read_text("utf-8"))
+    assert (found["pairs"], found["shapes"]) == (2, 2)
+    assert set(found["methods"]) == {"prompt only", "workflow + learned shape"}
+    assert found["alone"]["ours"]["shape_present"] == 0.25
+    text = page.read_text("utf-8")
+    assert "| workflow + learned shape |" in text
+    assert "| ours | 2 | 0.25 |" in text
+    assert Image.open(sheet).size == (128 * 5, 128 * 2)
 
 
 def test_a_probe_finds_what_is_linear_and_nothing_where_there_is_nothing() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import appearance_loss, color, correspondence, demo_model
 from benchmarks.fewer import fewest
-from benchmarks.inversion import composed, concepts
+from benchmarks.inversion import concepts, crossed
 from benchmarks.quality import kept, methods, state
 from benchmarks.quality.__main__ import _methods, against, fewer, markdown, summary
 from benchmarks.quality.groups import ATTENTION, DIT_PAGE, GROUPS, OURS, PLACED, TABLE, UNET_ONLY
@@ -228,7 +228,7 @@ def test_no_judged_picture_was_trained_on_tuned_on_or_drawn_by_another_benchmark
         range(judge.FIRST_SEED, judge.FIRST_SEED + judge.BATCH * steps),
         range(vit.FIRST_SEED, vit.FIRST_SEED + 2 * vit.BATCH * steps),
     }
-    modules = (appearance_loss, color, composed, correspondence, demo_model, concepts)
+    modules = (appearance_loss, color, crossed, correspondence, demo_model, concepts)
     others = {range(module.FIRST_SEED, module.FIRST_SEED + 10_000) for module in modules}
     for judged in drawn(pairs(1, tuning=False)[0].seed):
         for seeds in trained | others | drawn(pairs(1, tuning=True)[0].seed):

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..inversion_core.features import FeatureExtractor as Extractor
-from ..inversion_core.features import Features
-from ..inversion_core.hosts.comfy_learning import ComfyLearningModel, decoder
-from ..inversion_core.learning.guides import Guides, Look
-from ..inversion_core.learning.model import LearningError
-from ..inversion_core.learning.plan import Plan
-from ..inversion_core.learning.recipes import NEED_FEATURES
+from ..features import FeatureExtractor as Extractor
+from ..features import Features
+from ..learning.guides import Guides, Look
+from ..learning.model import LearningError
+from ..learning.plan import Plan
+from ..learning.recipes import NEED_FEATURES
+from .comfy_learning import ComfyLearningModel, decoder
 
 
 def needs_features(plan: Plan) -> bool:
