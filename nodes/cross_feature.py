@@ -58,7 +58,7 @@ class CrossFeatureAttention(io.ComfyNode):
                     0.0,
                     "Where in the sampling the features begin to decide.",
                     0.5,
-                    "Where they end; late, the model's own queries see fine texture better.",
+                    "Where they end. 1 brings more of the appearance's texture; end with AdaIN Color Match then.",
                 ),
                 io.String.Input(
                     "sites",

@@ -18,6 +18,7 @@ from benchmarks.quality.__main__ import WORKFLOW  # noqa: E402
 from benchmarks.quality.kept import Kept  # noqa: E402
 from benchmarks.quality.measures import Judges, measure  # noqa: E402
 from benchmarks.quality.methods import Method, Result, Studio, described, injected, prompted  # noqa: E402
+from benchmarks.quality.methods import crossed as read_by_features  # noqa: E402
 from benchmarks.quality.pairs import Pair  # noqa: E402
 from benchmarks.quality.recolored import recolored  # noqa: E402
 from inversion_core.injection import Window  # noqa: E402
@@ -101,6 +102,11 @@ def _beside(kinds: tuple[str, ...] = (), by: str = "ours", preset: Preset = PRES
     return Row(_workflow(said(*kinds), preset), by, kinds)
 
 
+def _featured(words: Callable[[Pair], str]) -> Method:
+    """Cross-Feature Attention throughout, and all else as in the workflow."""
+    return partial(recolored, partial(read_by_features, PRESETS["default"], end=1.0, shape="flat a", words=words))
+
+
 SHAPE, BOTH = ("shape",), ("shape", "appearance")
 PLACED = "ours: as pictured"
 LOOSER = replace(
@@ -119,6 +125,8 @@ ROWS: dict[str, Row] = {
     "workflow + shape learned as pictured": _beside(SHAPE, PLACED),
     "workflow, shape until 80 %": _beside(preset=LOOSER),
     "workflow, shape until 80 % + shape learned as pictured": _beside(SHAPE, PLACED, LOOSER),
+    "cross-feature": Row(_featured(said())),
+    "cross-feature + shape learned as pictured": Row(_featured(said(*SHAPE)), PLACED, SHAPE),
     "workflow + learned look": _beside(("appearance",)),
     "workflow + learned both": _beside(BOTH),
 }

@@ -54,6 +54,7 @@ RECOLORED: dict[str, Method] = {
         "default + flat shape",
         "default + flat shape + full prompt",
         "cross-image",
+        "cross-feature, throughout",
     )
 }
 """AdaIN Color Match of the finished picture besides. The first two tell what it does alone."""
@@ -119,6 +120,18 @@ COLOR_MATCH: dict[str, Method] = {"default + flat shape": OURS["default + flat s
 }
 """What the match at the end of the workflows was chosen among, on tuning pairs (docs/findings.md)."""
 
+FEATURE_END: dict[str, Method] = {
+    "default + flat shape + colour match": RECOLORED["default + flat shape + colour match"],
+    **{
+        f"cross-feature until {end:.0%}, {shape} + colour match": partial(
+            recolored, partial(crossed, PRESETS["default"], end=end, shape=shape)
+        )
+        for end in (0.5, 1.0)
+        for shape in ("a", "flat a")
+    },
+}
+"""What Cross-Feature Attention's window and shape were chosen among, on tuning pairs (docs/features.md)."""
+
 PLACING: dict[str, Method] = {
     f"room {room} feather {feather} on C": partial(placed, PRESETS["default"], room=room, feather=feather)
     for room, feather in ((4, 4), (2, 4), (2, 2), (1, 2), (0, 2))
@@ -140,6 +153,7 @@ GROUPS: dict[str, dict[str, Method]] = {
     "shape end": SHAPE_END,
     "placing": PLACING,
     "colour match": COLOR_MATCH,
+    "feature end": FEATURE_END,
 }
 """What `--only` chooses among."""
 

@@ -238,6 +238,7 @@ def crossed(
     end: float = 0.5,
     shape: Literal["a", "flat a"] = "a",
     shape_end: float | None = None,
+    words: Callable[[Pair], str] = neutral,
 ) -> Result:
     """Cross-Feature Attention on a pair, with the colour step of a preset, as its node does it.
 
@@ -251,7 +252,7 @@ def crossed(
     assert preset.color is not None
     guidance = ColorGuidance(b, window=preset.color, mask=a.mask, required=False)
     model = comfy_color.attach(comfy_injection.attach(studio.demo.model, injection), guidance)
-    return studio.sample(pair, neutral(pair), model=model)
+    return studio.sample(pair, words(pair), model=model)
 
 
 def colored(studio: Studio, pair: Pair) -> Result:
