@@ -218,7 +218,8 @@ def test_the_command_writes_figures_tables_and_pictures(tmp_path: Path, monkeypa
     text = page.read_text("utf-8")
     assert "| workflow + learned shape |" in text
     assert "| ours | 2 | 0.25 |" in text
-    assert Image.open(sheet).size == (128 * 5, 128 * 2)
+    with Image.open(sheet) as shown:
+        assert shown.size == (128 * 5, 128 * 2)
 
 
 def test_a_probe_finds_what_is_linear_and_nothing_where_there_is_nothing() -> None:
