@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 import numpy as np
@@ -15,13 +15,13 @@ from demo import world
 comfy_host.ensure_importable()
 
 from benchmarks.quality.__main__ import WORKFLOW  # noqa: E402
+from benchmarks.quality.groups import shape_until  # noqa: E402
 from benchmarks.quality.kept import Kept  # noqa: E402
 from benchmarks.quality.measures import Judges, measure  # noqa: E402
 from benchmarks.quality.methods import Method, Result, Studio, described, injected, prompted  # noqa: E402
 from benchmarks.quality.methods import crossed as read_by_features  # noqa: E402
 from benchmarks.quality.pairs import Pair  # noqa: E402
 from benchmarks.quality.recolored import recolored  # noqa: E402
-from inversion_core.injection import Window  # noqa: E402
 from inversion_core.presets import PRESETS, Preset  # noqa: E402
 
 from .__main__ import Bench, Figures, mean_of  # noqa: E402
@@ -109,10 +109,7 @@ def _featured(words: Callable[[Pair], str]) -> Method:
 
 SHAPE, BOTH = ("shape",), ("shape", "appearance")
 PLACED = "ours: as pictured"
-LOOSER = replace(
-    PRESETS["default"],
-    steps=tuple(replace(step, shape_window=Window(0.0, 0.8)) for step in PRESETS["default"].steps),
-)
+LOOSER = shape_until(0.8, PRESETS["default"])
 """Lets the shape go for the last fifth of the sampling."""
 ROWS: dict[str, Row] = {
     "prompt only": _alone(),

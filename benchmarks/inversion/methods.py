@@ -151,11 +151,12 @@ def learned(method: Method, concept: Concept, steps: int, demo: DemoModel) -> Le
     plan = method.plan(concept.kind, steps)
     if method.whole:
         demo = load_demo_model()
-    material = _material(method, plan, concept, demo)
+    picture, mask = _pictured(concept)
+    material = _material(method, plan, picture, mask, demo)
     batch = plan.stages[0].batch
     with (
         learning_model(demo.model, demo.clip, [batch, *material.latents.shape[1:]]) as opened,
-        guides_of(_extractor(plan), plan, opened, demo.vae, *_pictured(concept)) as guides,
+        guides_of(_extractor(plan), plan, opened, demo.vae, picture, mask) as guides,
     ):
         if method.whole:
             lesson = _WholeLesson(opened, material, plan, demo.model.model.diffusion_model)
@@ -177,11 +178,10 @@ def applied(demo: DemoModel, inversions: Sequence[Inversion]) -> DemoModel:
     return DemoModel(model, clip, demo.vae)
 
 
-def _material(method: Method, plan: Plan, concept: Concept, demo: DemoModel) -> Material:
+def _material(method: Method, plan: Plan, picture: Tensor, mask: Tensor, demo: DemoModel) -> Material:
     def encode(pictures: Tensor) -> Tensor:
         return demo.model.model.process_latent_in(demo.vae.encode(pictures))
 
-    picture, mask = _pictured(concept)
     if method.augmented:
         return prepare(encode, picture, mask, plan)
     found = prepare(encode, picture, mask, replace(plan, variants=1))

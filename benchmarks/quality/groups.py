@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import partial
 
 from inversion_core.color import Space
-from inversion_core.injection import Window
 from inversion_core.presets import PRESETS, Preset
 from inversion_core.statistics import Method as Transport
 
@@ -19,8 +18,11 @@ from .one_query import read_by_cls
 from .recolored import recolored
 
 
-def _shape_until(end: float, preset: Preset) -> Preset:
-    return replace(preset, steps=tuple(replace(step, shape_window=Window(0.0, end)) for step in preset.steps))
+def shape_until(end: float, preset: Preset) -> Preset:
+    """The preset, but that it lets the shape go at this sampling percent at the latest."""
+    return replace(
+        preset, steps=tuple(replace(step, shape_window=step.shape_window.until(end)) for step in preset.steps)
+    )
 
 
 BASELINES: dict[str, Method] = {
@@ -86,9 +88,9 @@ UNET_ONLY = {name for name, preset in PRESETS.items() if not any(step.blocks for
 SHAPE_ENDS = (0.8, 0.9, 1.0)
 """What the shape's end was chosen among, on tuning pairs (docs/presets.md)."""
 SHAPE_END: dict[str, Method] = {
-    **{f"shape until {end:.0%}": partial(injected, _shape_until(end, PRESETS["default"])) for end in SHAPE_ENDS},
+    **{f"shape until {end:.0%}": partial(injected, shape_until(end, PRESETS["default"])) for end in SHAPE_ENDS},
     **{
-        f"flat shape until {end:.0%}": partial(injected, _shape_until(end, PRESETS["default"]), shape="flat a")
+        f"flat shape until {end:.0%}": partial(injected, shape_until(end, PRESETS["default"]), shape="flat a")
         for end in SHAPE_ENDS
     },
     **{
